@@ -1,0 +1,1 @@
+"""Completion of gene sets: ranker, overlap statistics, baselines and reports."""

@@ -1,0 +1,278 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, changed on the command line, kept in checkpoints.
+
+A run is a TOML file with one table per section below. Any field can be set on the command line
+(`--model.num-layers 6`), and the whole configuration goes as JSON into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tcc_jax.terminal import UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and its seed."""
+
+    directory: str = "runs/default"
+    """Folder of the run: configuration, metrics and checkpoints. An existing run resumes."""
+    seed: int = 0
+    """Seed of the parameters, the order of the data, the cut points and dropout."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    corpus: str = "corpora/default"
+    """A prepared corpus, as written by `python -m tcc_jax.prepare`."""
+    gene_order: Literal["shuffled", "file"] = "shuffled"
+    """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder."""
+
+    num_layers: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Width of the residual stream, a multiple of num_heads."""
+    num_heads: int = 12
+    """Attention heads."""
+    hidden_width: int = 0
+    """Hidden width of the feed-forward layers; 0 means 4 x width."""
+    position: Literal["none", "learned", "rope"] = "none"
+    """Code for the place of a gene in its set. A set has no order, so the default is none."""
+    dropout: float = 0.0
+    """Share of the activations dropped after the embedding and each block's two branches."""
+    matmul_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matrix products; parameters, norms, softmax and losses are always float32."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted, and where."""
+
+    kind: Literal["remaining-set", "next-gene"] = "remaining-set"
+    """The target at a prefix: all genes still to come, uniformly, or the next one in order."""
+    cut_points: int = 0
+    """Positions scored in each set, drawn at random; 0 scores every position."""
+    cut_low: float = 0.0
+    """Cut points lie above this share of a set's genes."""
+    cut_high: float = 1.0
+    """Cut points lie below this share of a set's genes; 1 can reach the end, whose target is <end>."""
+    frequency_bias: bool = True
+    """Start the output bias at each gene's log frequency in the training sets, instead of at zero."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from zero."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step as a share of the peak, reached along a cosine."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Size of a step and length of a run."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch_rows: int = 64
+    """Packed rows in a step, over all devices."""
+    row_length: int = 1024
+    """Tokens in a row. A longer set contributes a fresh random subset each time."""
+    segments_per_row: int = 64
+    """Most sets packed into one row."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    eval_every: int = 500
+    """Steps between two evaluations of the validation loss; 0 turns them off."""
+    eval_steps: int = 8
+    """Batches in an evaluation of the validation loss, at most."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save."""
+
+    every_steps: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Checkpoints kept, newest first."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out."""
+
+    data: int = -1
+    """Devices along the data axis; -1 takes all."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as nested dicts of JSON values."""
+        return dataclasses.asdict(self)
+
+
+# The smallest and largest value a field may take; the rest is checked by type alone.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "run.seed": (0, 2**32 - 1),
+    "model.num_layers": (1, 1000),
+    "model.width": (1, 2**20),
+    "model.num_heads": (1, 2**12),
+    "model.hidden_width": (0, 2**22),
+    "model.dropout": (0, 0.99),
+    "objective.cut_points": (0, 1024),
+    "objective.cut_low": (0, 1),
+    "objective.cut_high": (0, 1),
+    "optimizer.learning_rate": (0, 1e3),
+    "optimizer.warmup_steps": (0, 2**31),
+    "optimizer.final_fraction": (0, 1),
+    "optimizer.weight_decay": (0, 1e3),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.gradient_clip": (0, 1e9),
+    "training.steps": (1, 2**31 - 1),
+    "training.batch_rows": (1, 2**20),
+    "training.row_length": (8, 2**20),
+    "training.segments_per_row": (1, 2**14),
+    "training.log_every": (1, 2**31),
+    "training.eval_every": (0, 2**31),
+    "training.eval_steps": (1, 2**31),
+    "checkpoint.every_steps": (1, 2**31),
+    "checkpoint.keep": (1, 10**6),
+    "mesh.data": (-1, 2**20),
+}
+
+
+def from_dict(values: dict[str, Any], source: str = "config") -> Config:
+    """Build a `Config` from nested dicts, as read from TOML or from a checkpoint.
+
+    Args:
+        values: section -> field -> value; what is left out takes its default.
+        source: what the values came from, named in errors.
+
+    Raises:
+        UserError: a key that does not exist (the nearest valid one is named), or a value of the wrong type or range.
+    """
+    sections = {}
+    for section in dataclasses.fields(Config):
+        section_type = typing.get_type_hints(Config)[section.name]
+        sections[section.name] = _section(section_type, section.name, values.get(section.name, {}), source)
+    for key in values:
+        _known(key, list(sections), f"{source}: no section [{key}]")
+    return validate(Config(**sections), source)
+
+
+def validate(config: Config, source: str = "config") -> Config:
+    """Return the configuration unchanged, or raise `UserError` naming the first field whose value cannot be used."""
+    for key, (low, high) in _BOUNDS.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UserError(f"{source}: {key} = {value}: must lie between {low:g} and {high:g}")
+    if config.model.width % config.model.num_heads:
+        raise UserError(
+            f"{source}: model.width = {config.model.width}: must be a multiple of model.num_heads = "
+            f"{config.model.num_heads}"
+        )
+    if config.model.position == "rope" and (config.model.width // config.model.num_heads) % 2:
+        raise UserError(f"{source}: model.width / model.num_heads must be even when model.position = 'rope'")
+    if config.objective.cut_low >= config.objective.cut_high:
+        raise UserError(
+            f"{source}: objective.cut_low = {config.objective.cut_low}: must be under objective.cut_high = "
+            f"{config.objective.cut_high}"
+        )
+    if config.mesh.data == 0:
+        raise UserError(f"{source}: mesh.data = 0: must be -1 (all devices) or a number of devices")
+    return config
+
+
+def read_toml(path: str | Path) -> Config:
+    """Read a run's TOML file.
+
+    Raises:
+        UserError: no such file, not TOML, or a wrong key, type or value; the message names it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"{path}: cannot read the configuration: {reason}") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    return from_dict(values, str(path))
+
+
+def _section(section_type: Any, section: str, values: Any, source: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {section} must be a section: write [{section}] on a line of its own")
+    hints = typing.get_type_hints(section_type)
+    for key, value in values.items():
+        _known(key, list(hints), f"{source}: no field {section}.{key}", prefix=f"{section}.")
+        _check_type(f"{section}.{key}", value, hints[key], source)
+    # TOML and JSON write 1 for 1.0; keep floats floats so that configurations compare equal.
+    values = {key: float(value) if hints[key] is float else value for key, value in values.items()}
+    return section_type(**values)
+
+
+def _known(key: str, valid: list[str], complaint: str, prefix: str = "") -> None:
+    if key in valid:
+        return
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    raise UserError(f"{complaint}; the nearest is {prefix}{nearest[0]}")
+
+
+def _check_type(key: str, value: Any, expected: Any, source: str) -> None:
+    if typing.get_origin(expected) is Literal:
+        choices = typing.get_args(expected)
+        if value not in choices:
+            nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
+            raise UserError(
+                f"{source}: {key} = {value!r}: must be one of {', '.join(choices)}; the nearest is {nearest[0]}"
+            )
+        return
+    if isinstance(expected, types.UnionType):
+        raise TypeError(f"{key}: unions are not supported in configurations")
+    accepted: tuple[type, ...] = (int, float) if expected is float else (expected,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise UserError(f"{source}: {key} = {value!r}: must be of type {expected.__name__}")

@@ -1,0 +1,1 @@
+"""Gene sets on disk: read, harmonise, filter, split, store, pack and load. Never imports jax itself."""

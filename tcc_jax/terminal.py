@@ -1,0 +1,118 @@
+"""What the commands share: one-line errors, argument parsing, progress on a terminal or in a log, plain tables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the file, field or gene and says what to do. Exits with 2."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's body; a user's mistake prints one line on standard error and exits with 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        # Unwritable, full or missing places: the system's own words, with the file they are about.
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **settings: Any) -> T:
+    """Parse a command line into a dataclass with tyro.
+
+    Args:
+        kind: a dataclass; each field becomes a flag, its docstring the help.
+        arguments: the command line; None takes `sys.argv[1:]`.
+        settings: passed on to `tyro.cli` (`default`, `prog`, `description`).
+
+    Raises:
+        UserError: an unknown flag or a value of the wrong type, as one line. `--help` exits with 0.
+    """
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(kind, args=arguments, **settings)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a box of several lines; an error here is one line.
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in captured.getvalue().splitlines()]
+        words = " ".join(line for line in lines if line)
+        raise UserError(words or "wrong arguments; see --help") from None
+
+
+def log(message: str) -> None:
+    """Print one line on standard error, where progress and notices go; standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None = None, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a long piece of work on standard error: a bar on a terminal, plain lines in a log.
+
+    Args:
+        label: what is being done.
+        total: units of work, if known.
+        every_seconds: time between two lines where standard error is not a terminal.
+
+    Yields:
+        advance(count): to be called with the units of work just done.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= every_seconds:
+            last = time.monotonic()
+            log(f"{label}: {done:,}" + (f" of {total:,}" if total else ""))
+
+    yield advance
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lay out rows as plain text: the first column flush left, the others flush right, ints with thousands commas."""
+    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        first, rest = row[0].ljust(widths[0]), (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([first, *rest]).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

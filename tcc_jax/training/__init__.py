@@ -1,0 +1,1 @@
+"""The training loop: state, sharding, optimizer, step, checkpoints and metrics."""
