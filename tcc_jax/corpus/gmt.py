@@ -1,0 +1,188 @@
+"""Read and write GMT: one gene set a line, tab separated: name, description, genes.
+
+Enrichr's dialect is read too: empty descriptions, weights (`TP53,1.0`), trailing tabs, CRLF, byte order mark, Latin-1.
+"""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tcc_jax.files import open_binary
+from tcc_jax.terminal import UserError
+
+ENDINGS = (".gmt", ".gmt.gz", ".gmt.xz", ".txt", ".txt.gz", ".txt.xz")
+_WEIGHT = re.compile(r",\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_EXAMPLES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class GeneSet:
+    """One line of a GMT file: the genes are symbols as written, each once, in file order."""
+
+    name: str
+    description: str
+    genes: tuple[str, ...]
+
+
+@dataclass
+class Problems:
+    """What was wrong in the lines read so far: counts by kind, and the first few with file and line."""
+
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, where: str, count: int = 1) -> None:
+        """Count a problem and keep where it was, for the first few of its kind."""
+        self.counts[kind] += count
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < _EXAMPLES_SHOWN:
+            examples.append(where)
+
+    def lines(self) -> list[str]:
+        """Return one line a kind: how many, and where the first few are."""
+        return [f"{kind}: {count:,} (first: {'; '.join(self.examples[kind])})" for kind, count in self.counts.items()]
+
+
+def find_gmt_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the GMT files named, and those in the folders named (not in their subfolders), sorted by name.
+
+    Raises:
+        UserError: a path does not exist, a folder holds no GMT file, a file has another ending, or two files
+            would give libraries of the same name.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if _library(file) is not None and file.is_file())
+            if not found:
+                raise UserError(f"{path}: no GMT file in this folder (looked for {', '.join(ENDINGS)})")
+            files.extend(found)
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        else:
+            files.append(path)
+    seen: dict[str, Path] = {}
+    for file in files:
+        name = library_name(file)
+        if name in seen:
+            raise UserError(f"{file}: library {name!r} is already read from {seen[name]}; rename or leave out one")
+        seen[name] = file
+    return files
+
+
+def library_name(path: str | Path) -> str:
+    """Return the library a GMT file holds: its name without the ending.
+
+    Raises:
+        UserError: the ending is not one of `ENDINGS`.
+    """
+    name = _library(Path(path))
+    if name is None:
+        raise UserError(f"{path}: not a GMT file name; the ending must be one of {', '.join(ENDINGS)}")
+    return name
+
+
+def _library(path: Path) -> str | None:
+    for ending in sorted(ENDINGS, key=len, reverse=True):
+        if path.name.lower().endswith(ending) and len(path.name) > len(ending):
+            return path.name[: -len(ending)]
+    return None
+
+
+def read_gmt(path: str | Path, problems: Problems | None = None) -> Iterator[GeneSet]:
+    """Read a GMT file line by line: plain, .gz or .xz.
+
+    Args:
+        path: the file.
+        problems: where malformed lines, repeated genes and Latin-1 lines are counted; nothing of them is silent.
+
+    Yields:
+        One `GeneSet` a usable line, in file order. Weights are taken off, repeated genes kept once.
+
+    Raises:
+        UserError: no such file, a binary or damaged file, or no usable set in it.
+    """
+    problems = Problems() if problems is None else problems
+    library_name(path)
+    usable = 0
+    try:
+        with open_binary(path) as file:
+            for number, line in _lines(file, path, problems):
+                gene_set = _parse(line, f"{path}:{number}", problems)
+                if gene_set is not None:
+                    usable += 1
+                    yield gene_set
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: damaged or not really compressed ({error}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
+    if not usable:
+        first = f" ({problems.lines()[0]})" if problems.counts else ""
+        raise UserError(f"{path}: no usable gene set{first}; expected tab-separated name, description, genes")
+
+
+def write_gmt(file: IO[str], sets: Iterable[GeneSet]) -> None:
+    """Write gene sets as GMT; a tab or newline in a name or description becomes a space."""
+    for gene_set in sets:
+        fields = (gene_set.name, gene_set.description, *gene_set.genes)
+        file.write("\t".join(" ".join(value.split()) if "\t" in value or "\n" in value else value for value in fields))
+        file.write("\n")
+
+
+def _lines(file: IO[bytes], path: str | Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    for number, raw in enumerate(file, start=1):
+        if b"\0" in raw:
+            raise UserError(f"{path}: a binary file, not GMT (line {number} holds a zero byte)")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            line = raw.decode("latin-1")
+            problems.add("lines read as Latin-1", f"{path}:{number}")
+        yield number, line.rstrip("\r\n")
+
+
+class _Cleaner(dict[str, str]):
+    # Symbols repeat millions of times: each spelling is cleaned once.
+    def __missing__(self, raw: str) -> str:
+        if len(self) > 2_000_000:
+            self.clear()
+        self[raw] = symbol = _WEIGHT.sub("", raw.strip().strip('"')).strip()
+        return symbol
+
+
+_clean = _Cleaner()
+
+
+def _parse(line: str, where: str, problems: Problems) -> GeneSet | None:
+    if not line.strip():
+        return None
+    fields = line.split("\t")
+    name = fields[0].strip().strip('"')
+    if len(fields) < 3:
+        problems.add("lines with fewer than three columns", where)
+        return None
+    if not name:
+        problems.add("lines without a set name", where)
+        return None
+    genes = [_clean[field] for field in fields[2:]]
+    unique = dict.fromkeys(genes)
+    unique.pop("", None)
+    if not unique:
+        problems.add("sets without genes", where)
+        return None
+    repeated = len(genes) - genes.count("") - len(unique)
+    if repeated:
+        problems.add("genes repeated within a set", where, repeated)
+    return GeneSet(name, fields[1].strip(), tuple(unique))

@@ -1,0 +1,145 @@
+"""From GMT files to sets of approved genes: every symbol looked up once, every set judged by the share that maps."""
+
+from __future__ import annotations
+
+import collections
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tcc_jax.corpus.gmt import Problems, library_name, read_gmt
+from tcc_jax.corpus.similarity import Sets
+from tcc_jax.corpus.symbols import SymbolTable, is_date, looks_like_mouse
+from tcc_jax.terminal import progress
+
+_SHOWN = 20
+_SETS_AT_ONCE = 20_000
+
+
+@dataclass
+class RawSets:
+    """Gene sets as read: the tokens of `sets` number the spellings in `symbols`."""
+
+    sets: Sets
+    symbols: list[str]
+    names: list[str]
+    libraries: list[str]
+    problems: Problems = field(default_factory=Problems)
+
+
+@dataclass
+class MappedSets:
+    """Gene sets of approved genes: the tokens of `sets` number the symbols in `genes`.
+
+    Attributes:
+        sets: the sets, genes in file order, each once; those under the mapped share are gone.
+        genes: approved symbols, sorted.
+        names: set names.
+        libraries: the library of each set.
+        report: how symbols mapped, which did not, and which sets look like mouse (JSON values).
+    """
+
+    sets: Sets
+    genes: list[str]
+    names: list[str]
+    libraries: list[str]
+    report: dict[str, Any]
+
+
+def read_sets(files: Sequence[Path]) -> RawSets:
+    """Read GMT files into memory, 4 bytes a mention.
+
+    Raises:
+        UserError: a file cannot be read or holds no usable set.
+    """
+    numbers: dict[str, int] = collections.defaultdict(lambda: len(numbers))
+    tokens, lengths = array("i"), array("q")
+    names: list[str] = []
+    libraries: list[str] = []
+    problems = Problems()
+    with progress("reading GMT files", total=len(files)) as advance:
+        for file in files:
+            library = library_name(file)
+            for gene_set in read_gmt(file, problems):
+                tokens.extend([numbers[gene] for gene in gene_set.genes])
+                lengths.append(len(gene_set.genes))
+                names.append(gene_set.name)
+                libraries.append(library)
+            advance(1)
+    offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, np.int64))]).astype(np.int64)
+    return RawSets(Sets(np.frombuffer(tokens, np.int32), offsets), list(numbers), names, libraries, problems)
+
+
+def map_sets(raw: RawSets, table: SymbolTable, min_mapped: float) -> MappedSets:
+    """Map every set to approved symbols and drop sets of which too few genes map.
+
+    Args:
+        raw: sets as read.
+        table: the HGNC table.
+        min_mapped: smallest share of a set's genes that must map, 0 to 1.
+    """
+    resolutions = [table.resolve(symbol) for symbol in raw.symbols]
+    genes = sorted({found.symbol for found in resolutions if found.symbol is not None})
+    number = {gene: index for index, gene in enumerate(genes)}
+    gene_of = np.array([-1 if found.symbol is None else number[found.symbol] for found in resolutions], np.int32)
+    mentions = np.bincount(raw.sets.tokens, minlength=len(raw.symbols))
+
+    mouse = np.array([looks_like_mouse(s) and f.symbol is None for s, f in zip(raw.symbols, resolutions, strict=True)])
+    looks_mouse = 2 * raw.sets.sum(mouse[raw.sets.tokens]) >= raw.sets.lengths
+    mapped = gene_of[raw.sets.tokens]
+    known = mapped >= 0
+    mapped_counts = raw.sets.sum(known)
+    kept = (mapped_counts >= min_mapped * raw.sets.lengths) & (mapped_counts > 0)
+    sets = _unique_within(Sets(mapped, raw.sets.offsets).keep_mentions(known).select(kept))
+    return MappedSets(
+        sets=sets,
+        genes=genes,
+        names=[name for name, keep in zip(raw.names, kept, strict=True) if keep],
+        libraries=[library for library, keep in zip(raw.libraries, kept, strict=True) if keep],
+        report=_report(raw, resolutions, mentions, looks_mouse),
+    )
+
+
+def _unique_within(sets: Sets) -> Sets:
+    # Two spellings in a set can be one gene: keep the first. A few sets at a time, to bound the memory of the sort.
+    keep = np.ones(len(sets.tokens), bool)
+    for start in range(0, len(sets), _SETS_AT_ONCE):
+        offsets = sets.offsets[start : start + _SETS_AT_ONCE + 1]
+        part = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        keys = (part << 32) | sets.tokens[offsets[0] : offsets[-1]].astype(np.int64)
+        order = np.argsort(keys, kind="stable")
+        again = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
+        keep[offsets[0] + order[again]] = False
+    return sets.keep_mentions(keep)
+
+
+def _report(raw: RawSets, resolutions: list[Any], mentions: np.ndarray, looks_mouse: np.ndarray) -> dict[str, Any]:
+    by_how: dict[str, dict[str, int]] = {}
+    for found, count in zip(resolutions, mentions.tolist(), strict=True):
+        entry = by_how.setdefault(found.how, {"symbols": 0, "mentions": 0})
+        entry["symbols"] += 1
+        entry["mentions"] += count
+
+    def most_frequent(chosen: list[int]) -> list[dict[str, Any]]:
+        chosen.sort(key=lambda index: (-mentions[index], raw.symbols[index]))
+        return [{"symbol": raw.symbols[index], "mentions": int(mentions[index])} for index in chosen[:_SHOWN]]
+
+    # Dates that could not be mapped are told too: they are lost genes.
+    dates = [
+        i for i, s in enumerate(raw.symbols) if is_date(s) and resolutions[i].how in ("date", "ambiguous", "unknown")
+    ]
+    mouse_libraries = collections.Counter(raw.libraries[index] for index in np.flatnonzero(looks_mouse))
+    return {
+        "symbols": dict(sorted(by_how.items())),
+        "not_mapped": most_frequent([i for i, f in enumerate(resolutions) if f.how == "unknown"]),
+        "ambiguous": most_frequent([i for i, f in enumerate(resolutions) if f.how == "ambiguous"]),
+        "dates": [
+            {"symbol": raw.symbols[i], "mapped_to": resolutions[i].symbol, "mentions": int(mentions[i])}
+            for i in sorted(dates, key=raw.symbols.__getitem__)
+        ],
+        "looks_like_mouse": {"sets": int(looks_mouse.sum()), "libraries": dict(mouse_libraries.most_common(_SHOWN))},
+    }

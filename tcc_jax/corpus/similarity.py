@@ -1,0 +1,224 @@
+"""How alike gene sets are: exact Jaccard by sparse products, near-duplicate clusters by MinHash and exact checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
+
+_QUERIES_AT_ONCE = 64
+_MISSED_PAIRS = 0.008
+_HASHES_AT_MOST = 400
+_PAIRS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Many gene sets in two flat arrays.
+
+    Attributes:
+        tokens: flat gene numbers, int32, each once within a set.
+        offsets: [sets + 1] int64; set i holds tokens[offsets[i] : offsets[i + 1]].
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of sets."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[sets] int64, genes in each set."""
+        return np.diff(self.offsets)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return [sets] sums of per-mention values (integers wrap around; empty sets give 0)."""
+        total = np.zeros(len(values) + 1, values.dtype if values.dtype != bool else np.int64)
+        np.cumsum(values, out=total[1:])
+        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+
+    def select(self, sets: np.ndarray) -> Sets:
+        """Return the sets of a boolean mask [sets], in order."""
+        lengths = self.lengths
+        return _from_lengths(self.tokens[np.repeat(sets, lengths)], lengths[sets])
+
+    def keep_mentions(self, mask: np.ndarray) -> Sets:
+        """Return the same sets with only the mentions of a boolean mask [mentions]; sets may become empty."""
+        return _from_lengths(self.tokens[mask], self.sum(mask))
+
+    def matrix(self, num_genes: int) -> scipy.sparse.csr_array:
+        """Return the [sets, num_genes] int32 incidence matrix."""
+        ones = np.ones(len(self.tokens), np.int32)
+        return scipy.sparse.csr_array((ones, self.tokens, self.offsets), shape=(len(self), num_genes))
+
+
+def _from_lengths(tokens: np.ndarray, lengths: np.ndarray) -> Sets:
+    return Sets(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The most alike pairs between queries and targets.
+
+    Attributes:
+        query: [queries] float32, the largest Jaccard of each query to any target.
+        target_over: [targets] bool, whether a target reaches the limit with any query.
+    """
+
+    query: np.ndarray
+    target_over: np.ndarray
+
+
+def nearest(
+    queries: Sets, targets: Sets, num_genes: int, limit: float, advance: Callable[[int], None] = lambda count: None
+) -> Nearest:
+    """Compare all queries with all targets, exactly.
+
+    Args:
+        queries: the smaller side.
+        targets: the larger side.
+        num_genes: gene numbers lie below it.
+        limit: Jaccard from which a target counts as over.
+        advance: told the number of queries just done.
+
+    Memory: a block of 64 x len(targets) numbers of 4 bytes, twice, beside the two incidence matrices.
+    """
+    best = np.zeros(len(queries), np.float32)
+    over = np.zeros(len(targets), bool)
+    if not len(queries) or not len(targets):
+        return Nearest(best, over)
+    query_matrix, by_gene = queries.matrix(num_genes), targets.matrix(num_genes).T.tocsr()
+    query_lengths, target_lengths = queries.lengths.astype(np.int32), targets.lengths.astype(np.int32)
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        stop = min(start + _QUERIES_AT_ONCE, len(queries))
+        shared = (query_matrix[start:stop] @ by_gene).tocsr()
+        sizes = np.repeat(query_lengths[start:stop], np.diff(shared.indptr))
+        sizes += target_lengths[shared.indices]
+        sizes -= shared.data
+        # float32 division of integers below 2^24 is correctly rounded, so shared = limit * union compares exactly
+        # for limits such as 0.5; others are compared in float64 below.
+        jaccard = shared.data / np.maximum(sizes, 1).astype(np.float32)
+        near = jaccard >= np.float32(limit) * np.float32(0.999)
+        exact = shared.data[near] >= limit * sizes[near].astype(np.float64)
+        over[shared.indices[near][exact]] = True
+        filled = np.diff(shared.indptr) > 0
+        best[start:stop][filled] = np.maximum.reduceat(jaccard, shared.indptr[:-1][filled])
+        advance(stop - start)
+    return Nearest(best, over)
+
+
+def near_duplicate_clusters(
+    sets: Sets, num_genes: int, limit: float, seed: int, advance: Callable[[int], None] = lambda count: None
+) -> np.ndarray:
+    """Group sets so that near-duplicates, directly or through others, share a cluster.
+
+    MinHash with banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3) proposes
+    pairs, each is checked exactly, and clusters are the connected components. At Jaccard = `limit` a pair is proposed
+    with a probability of at least 99 %, above it with more.
+
+    Args:
+        sets: no empty ones.
+        num_genes: gene numbers lie below it.
+        limit: Jaccard from which two sets belong together.
+        seed: of the random permutations of the genes.
+        advance: told 1 after each band; there are `num_bands(limit)[0]` of them.
+
+    Returns:
+        [sets] int64 labels from 0, in the order of each cluster's first set.
+    """
+    bands, rows = num_bands(limit)
+    random = np.random.default_rng(seed)
+    lengths = sets.lengths
+    labels = np.arange(len(sets))
+    for _ in range(bands):
+        keys = np.zeros(len(sets), np.uint64)
+        for _ in range(rows):
+            rank = random.permutation(num_genes).astype(np.uint16 if num_genes <= 2**16 else np.uint32)
+            smallest = np.minimum.reduceat(rank[sets.tokens], sets.offsets[:-1])
+            # Mixed rather than concatenated, so that any number of rows fits; a clash only adds a pair to check.
+            keys = (keys ^ smallest.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(29)
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+        sizes = np.diff(starts, append=len(order))
+        # First each bucket's first set with the others: where that already joins a bucket, its other pairs need no
+        # check, so that thousands of copies of one set cost no more than their number.
+        leaders = np.repeat(order[starts], sizes)
+        labels = _join(sets, lengths, labels, leaders, order, limit)
+        ordered = labels[order]
+        mixed = np.minimum.reduceat(ordered, starts) != np.maximum.reduceat(ordered, starts)
+        buckets = [order[start + 1 : start + size] for start, size in zip(starts[mixed], sizes[mixed], strict=True)]
+        for left, right in _pairs(buckets, labels):
+            labels = _join(sets, lengths, labels, left, right, limit)
+        advance(1)
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+
+
+def num_bands(limit: float) -> tuple[int, int]:
+    """Return (bands, rows a band): the most selective layout within 400 hashes that finds 99 % of pairs at `limit`."""
+    best = (1, 1)
+    for rows in range(1, 17):
+        bands = math.ceil(math.log(_MISSED_PAIRS) / math.log1p(-(limit**rows))) if limit < 1 else 1
+        if bands * rows <= _HASHES_AT_MOST or rows == 1:
+            best = (bands, rows)
+    return best
+
+
+def _pairs(buckets: list[np.ndarray], labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
+    count = 0
+    for bucket in buckets:
+        for first in range(len(bucket) - 1):
+            others = bucket[first + 1 :]
+            others = others[labels[others] != labels[bucket[first]]]
+            pending.append((np.full(len(others), bucket[first]), others))
+            count += len(others)
+            if count > _PAIRS_AT_ONCE:
+                yield _concatenate(pending)
+                pending, count = [], 0
+    if pending:
+        yield _concatenate(pending)
+
+
+def _concatenate(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([left for left, _ in pairs]), np.concatenate([right for _, right in pairs])
+
+
+def _join(
+    sets: Sets, lengths: np.ndarray, labels: np.ndarray, left: np.ndarray, right: np.ndarray, limit: float
+) -> np.ndarray:
+    small, large = np.minimum(lengths[left], lengths[right]), np.maximum(lengths[left], lengths[right])
+    possible = (labels[left] != labels[right]) & (small >= limit * large)
+    left, right = left[possible], right[possible]
+    order = np.argsort(left, kind="stable")
+    left, right = left[order], right[order]
+    alike = _jaccard_reaches(sets, lengths, left, right, limit)
+    edges = (np.ones(np.count_nonzero(alike)), (labels[left[alike]], labels[right[alike]]))
+    graph = scipy.sparse.coo_array(edges, shape=(len(labels), len(labels)))
+    return connected_components(graph, directed=False)[1][labels]
+
+
+def _jaccard_reaches(sets: Sets, lengths: np.ndarray, left: np.ndarray, right: np.ndarray, limit: float) -> np.ndarray:
+    """Exact, for pairs sorted by `left`: marks the genes of each left set and counts them in its partners."""
+    result = np.zeros(len(left), bool)
+    if not len(left):
+        return result
+    mark = np.zeros(int(sets.tokens.max()) + 1, bool)
+    starts = np.flatnonzero(np.diff(left, prepend=-1))
+    for start, stop in zip(starts, np.append(starts[1:], len(left)), strict=True):
+        first = left[start]
+        genes = sets.tokens[sets.offsets[first] : sets.offsets[first + 1]]
+        mark[genes] = True
+        for pair in range(start, stop):
+            other = right[pair]
+            shared = np.count_nonzero(mark[sets.tokens[sets.offsets[other] : sets.offsets[other + 1]]])
+            result[pair] = shared >= limit * (lengths[first] + lengths[other] - shared)
+        mark[genes] = False
+    return result
