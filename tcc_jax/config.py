@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tcc_jax.terminal import UserError
+from tcc_jax.terminal import UserError, parse_arguments
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,26 @@ def read_toml(path: str | Path) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     return from_dict(values, str(path))
+
+
+def parse_command_line(arguments: list[str], command: str = "train") -> Config:
+    """Turn `CONFIG.toml [--section.field value ...]` into a checked configuration.
+
+    Args:
+        arguments: the command line without the program. `--help`, with or without a TOML file before it, lists every
+            field with its meaning and exits with 0.
+        command: name of the command, for the help text.
+
+    Raises:
+        UserError: no TOML file, or a wrong key, type or value in it or on the command line; the message names it.
+    """
+    program = f"python -m tcc_jax.{command} CONFIG.toml"
+    asks_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+    if not asks_for_help and (not arguments or arguments[0].startswith("-")):
+        raise UserError(f"the first argument must be the TOML file of a run: {program} [--section.field value]")
+    config = Config() if asks_for_help else read_toml(arguments[0])
+    overrides = arguments if asks_for_help else arguments[1:]
+    return validate(parse_arguments(Config, overrides, default=config, prog=program), "command line")
 
 
 def _section(section_type: Any, section: str, values: Any, source: str) -> Any:

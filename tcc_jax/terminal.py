@@ -8,9 +8,16 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Advance(Protocol):
+    """What `progress` yields: a function to be called with the units of work just done."""
+
+    def __call__(self, count: int, status: str = "") -> None:
+        """Move the progress on by `count` units; `status` is shown beside it."""
 
 
 class UserError(Exception):
@@ -69,33 +76,34 @@ def log(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None = None, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int | None = None, every_seconds: float = 10.0, done: int = 0) -> Iterator[Advance]:
     """Show the progress of a long piece of work on standard error: a bar on a terminal, plain lines in a log.
 
     Args:
         label: what is being done.
         total: units of work, if known.
         every_seconds: time between two lines where standard error is not a terminal.
+        done: units of work already behind us.
 
     Yields:
-        advance(count): to be called with the units of work just done.
+        advance(count, status=""): to be called with the units of work just done and, if any, a word on how it goes.
     """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda count: bar.advance(task, count)
+            task = bar.add_task(label, total=total, completed=done)
+            yield lambda count, status="": bar.update(task, advance=count, description=f"{label} {status}".rstrip())
         return
-    done, last = 0, time.monotonic()
+    last = time.monotonic()
 
-    def advance(count: int) -> None:
+    def advance(count: int, status: str = "") -> None:
         nonlocal done, last
         done += count
         if time.monotonic() - last >= every_seconds:
             last = time.monotonic()
-            log(f"{label}: {done:,}" + (f" of {total:,}" if total else ""))
+            log(f"{label}: {done:,}" + (f" of {total:,}" if total else "") + (f", {status}" if status else ""))
 
     yield advance
 
@@ -106,7 +114,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
     for row in cells:
-        first, rest = row[0].ljust(widths[0]), (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        first, rest = (
+            row[0].ljust(widths[0]),
+            (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        )
         lines.append("  ".join([first, *rest]).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -137,7 +137,8 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder.count(f"sets under {options.min_genes} genes dropped")
     if held_out is not None:
         # Without its rare genes a set can be nearer to a held-out one than before: look again at what is trained on.
-        remaining = held_out.keep_mentions(enough[held_out.tokens])
+        known = held_out.tokens < num_genes
+        remaining = held_out.keep_mentions(known & enough[np.where(known, held_out.tokens, 0)])
         _hold_out(builder, remaining.select(remaining.lengths > 0), num_genes, options.max_jaccard)
         builder.count("near-duplicates of held-out sets dropped again")
     clusters, cluster_sizes = _cluster(builder.sets, num_genes, options)

@@ -180,7 +180,7 @@ class _Folder:
                 raise _Failed("edited since its download (SHA-256 differs); pass --update to fetch it again")
             return Download(file, "kept", path.stat().st_size, recorded)
         try:
-            self.client.fetch(url, part)
+            self.client.fetch(file, url, part)
             _check_content(part, is_gmt=file != HGNC_FILE)
             digest, before = sha256(part), recorded or present
             if before not in (None, digest) and not self.update:
@@ -188,6 +188,8 @@ class _Folder:
                 raise _Failed(f"the server's file differs from {since}; pass --update to accept it")
             size = part.stat().st_size
             os.replace(part, path)
+        except OSError as error:  # the disk's: those of the network are `_Failed` by now
+            raise UserError(f"{path}: cannot write: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
         if recorded != digest:
@@ -206,7 +208,7 @@ class _Client:
     sleep: Callable[[float], None]
     unreachable: set[str] = field(default_factory=set)
 
-    def fetch(self, url: str, path: Path) -> None:
+    def fetch(self, label: str, url: str, path: Path) -> None:
         host = urlsplit(url).netloc
         if host in self.unreachable:  # waiting for it again with every library would take hours
             raise _Failed(f"{host} cannot be reached")
@@ -222,7 +224,7 @@ class _Client:
                         self.unreachable.add(host)
                     raise _Failed(f"{fault} ({attempt} attempts)") from None
                 wait_seconds = self.backoff_seconds * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
-                log(f"{path.name[1:-5]}: {fault}; trying again in {wait_seconds:.1f} s")
+                log(f"{label}: {fault}; trying again in {wait_seconds:.1f} s")
                 self.sleep(wait_seconds)
 
 
@@ -242,15 +244,17 @@ def _receive(url: str, timeout_seconds: float) -> Iterator[bytes]:
                     raise _Failed(f"larger than {MAX_BYTES:,} bytes")
                 yield chunk
     except urllib.error.HTTPError as error:
-        if error.code == 429 or error.code >= 500:
+        if error.code in (408, 429) or error.code >= 500:
             raise _TryAgain(f"HTTP {error.code}") from None
         raise _Failed(f"HTTP {error.code}") from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise _Failed(f"{urlsplit(url).netloc} has no valid certificate: {error.reason.verify_message}") from None
         raise _TryAgain(f"{urlsplit(url).netloc} cannot be reached: {error.reason}") from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise _Failed(f"sent on to a bad address: {error}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _TryAgain(f"connection cut: {error}") from None
+        raise _TryAgain(f"connection lost: {error}") from None
     # http.client reports a cut chunked body; with a length, or with neither, it returns what came.
     if received != length if length is not None else not chunked and last != b"\n":
         raise _TryAgain(f"connection cut after {received:,} bytes")
@@ -271,7 +275,14 @@ def _file_of(name: str) -> str:
 
 
 def _refuse_plain_http(url: str) -> None:
-    if not (urlsplit(url).scheme == "https" or _is_loopback(url)):
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and (parts.port or True) and not re.search(r"[\s\x00-\x1f]", url)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"{url!r}: not an address; give one such as {ENRICHR_URL}")
+    if not (parts.scheme == "https" or _is_loopback(url)):
         raise UserError(f"{url}: give an https address; http is for loopback addresses only")
 
 

@@ -50,7 +50,7 @@ _MONTHS = {
     "dec": ("DEC",),
 }
 # Mouse and rat symbols start with a capital and go on in lower case: Trp53, H2-K1, 1700001A01Rik.
-_MOUSE = re.compile(r"^(?:[A-Z][A-Za-z0-9]*-?[a-z][a-z0-9.-]*|[A-Z0-9]+Rik)$")
+_MOUSE = re.compile(r"^(?:[A-Z][A-Za-z0-9.-]*[a-z][A-Za-z0-9.-]*|[0-9A-Z]+Rik)$")
 
 
 @dataclass(frozen=True)

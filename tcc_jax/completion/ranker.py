@@ -1,0 +1,88 @@
+"""Rank genes by their scores: the most likely ones that are not visible already, whoever scored them.
+
+A scorer is the model or a baseline: a function from lists of visible gene ids to one score for each id.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD
+
+Scorer = Callable[[Sequence[np.ndarray]], jax.Array | np.ndarray]
+"""n arrays of visible gene ids -> [n, V] scores, any float type, higher is better; only their order matters."""
+
+# Sets scored at once: [256, V] float32 is 46 MB at 44,902 symbols.
+_BATCH = 256
+
+
+def rank(
+    scorer: Scorer,
+    visible: Sequence[np.ndarray],
+    counts: Sequence[int],
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Draw the genes with the highest scores for each set; visible genes and special ids are never drawn.
+
+    Args:
+        scorer: the model or a baseline.
+        visible: for each set the ids of its visible genes.
+        counts: for each set how many genes to draw; fewer are drawn where there are not that many.
+        advance: called with the number of sets just done.
+
+    Returns:
+        For each set, in the order given: the drawn ids, int32, best first, equal scores by id; and the probability of
+        each, float32: its share under the softmax of the scores over all genes that could be drawn.
+    """
+    ids: list[np.ndarray] = [np.empty(0, np.int32)] * len(visible)
+    probabilities: list[np.ndarray] = [np.empty(0, np.float32)] * len(visible)
+    # By length, so that sets in a batch need about the same padding.
+    order = sorted(range(len(visible)), key=lambda index: (len(visible[index]), index))
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        scores_BV = scorer([visible[index] for index in batch])
+        longest = power_of_two(max(len(visible[index]) for index in batch))
+        visible_BP = np.full((len(batch), longest), PAD, np.int32)
+        for row, index in enumerate(batch):
+            visible_BP[row, : len(visible[index])] = visible[index]
+        most = min(power_of_two(max(counts[index] for index in batch)), scores_BV.shape[1])
+        ids_BK, probabilities_BK = map(np.asarray, top_genes(jnp.asarray(scores_BV), jnp.asarray(visible_BP), most))
+        for row, index in enumerate(batch):
+            candidates = scores_BV.shape[1] - NUM_SPECIAL - len(np.unique(visible[index]))
+            drawn = min(counts[index], candidates)
+            ids[index], probabilities[index] = ids_BK[row, :drawn], probabilities_BK[row, :drawn]
+        advance(len(batch))
+    return ids, probabilities
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def top_genes(scores_BV: jax.Array, visible_BP: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Find the highest scores among the genes that are not visible.
+
+    Args:
+        scores_BV: any float type, one score for each id.
+        visible_BP: int32 ids of visible genes, padded with 0.
+        count: K, genes to find.
+
+    Returns:
+        ids_BK, int32, best first, the lower id first where scores are equal; and probabilities_BK, float32, the share
+        under the softmax over all candidates: 0 marks what is not a candidate, where there are fewer than K.
+    """
+    scores_BV = scores_BV.astype(jnp.float32)
+    rows_B1 = jnp.arange(scores_BV.shape[0])[:, None]
+    candidates_BV = jnp.where(jnp.arange(scores_BV.shape[1]) < NUM_SPECIAL, -jnp.inf, scores_BV)
+    candidates_BV = candidates_BV.at[rows_B1, visible_BP].set(-jnp.inf)
+    top_BK, ids_BK = jax.lax.top_k(candidates_BV, count)
+    log_total_B1 = jax.nn.logsumexp(candidates_BV, axis=1, keepdims=True)
+    # With no candidate left the total is log(0), and -inf - -inf no number.
+    return ids_BK, jnp.where(jnp.isneginf(top_BK), 0.0, jnp.exp(top_BK - log_total_B1))
+
+
+def power_of_two(count: int) -> int:
+    """Return the smallest power of two of at least `count`: sizes are padded to it, so that few are compiled."""
+    return 1 << max(0, count - 1).bit_length()

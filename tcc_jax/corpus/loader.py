@@ -1,0 +1,211 @@
+"""Batches of packed rows: a pure function of (corpus, settings, seed, step), the same on any number of hosts.
+
+Grain reads ahead in threads; the state of the loader is the step number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Literal
+
+import grain
+import numpy as np
+
+from tcc_jax.corpus.packing import Plan, plan_rows, segment_lengths
+from tcc_jax.corpus.store import Corpus, Split
+from tcc_jax.corpus.vocabulary import END, START
+from tcc_jax.terminal import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class BatchSource(grain.sources.RandomAccessDataSource):
+    """Batches by step. Every epoch deals the sets of each length anew to the slots of the plan, and shuffles the rows.
+
+    A batch is a dict of int32 arrays, B rows of T tokens with at most M segments:
+        tokens: [B, T] ids, 0 is padding.
+        segments: [B, T] number of the segment in its row, from 1; 0 is padding.
+        starts: [B, M] column of each segment's `<start>`; 0 for unused slots.
+        gene_counts: [B, M] genes in each segment; 0 for unused slots.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: Split,
+        *,
+        row_length: int,
+        batch_rows: int,
+        segments_per_row: int,
+        seed: int,
+        gene_order: Literal["shuffled", "file"] = "shuffled",
+        num_hosts: int = 1,
+        host: int = 0,
+    ) -> None:
+        """Plan the epoch. `batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
+
+        Raises:
+            UserError: the split is empty, or the rows cannot be divided among the hosts.
+        """
+        if batch_rows % num_hosts:
+            raise UserError(
+                f"training.batch_rows = {batch_rows}: must be a multiple of the number of hosts, {num_hosts}"
+            )
+        self._corpus = corpus
+        self._sets = corpus.indices(split)
+        if not len(self._sets):
+            raise UserError(f"{corpus.path}: no {split} sets in this corpus; prepare it with a larger share")
+        self._lengths = segment_lengths(corpus.lengths[self._sets], row_length)
+        self.plan: Plan = plan_rows(self._lengths, row_length, segments_per_row)
+        self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
+        self._host_rows = slice(host * batch_rows // num_hosts, (host + 1) * batch_rows // num_hosts)
+        self._seed, self._gene_order = seed, gene_order
+        self._slots_by_length = np.argsort(self.plan.slot_lengths, kind="stable")
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every set is seen once; batches run on over the end of an epoch."""
+        return self.plan.num_rows / self._batch_rows
+
+    def __len__(self) -> int:
+        """Return a number of steps no run reaches: batches go on for ever."""
+        return 2**40
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step, this host's rows."""
+        rows = np.arange(self._batch_rows)[self._host_rows] + step * self._batch_rows
+        plan, length, most = self.plan, self.plan.row_length, self._segments_per_row
+        batch = {
+            "tokens": np.zeros((len(rows), length), np.int32),
+            "segments": np.zeros((len(rows), length), np.int32),
+            "starts": np.zeros((len(rows), most), np.int32),
+            "gene_counts": np.zeros((len(rows), most), np.int32),
+        }
+        epochs, places = np.divmod(rows, plan.num_rows)
+        for epoch in np.unique(epochs):
+            order, dealt = self._epoch(int(epoch))
+            here = np.flatnonzero(epochs == epoch)
+            planned = order[places[here]]
+            first, last = plan.row_starts[planned], plan.row_starts[planned + 1]
+            counts = last - first
+            slots = np.repeat(first - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
+            in_row = slots - np.repeat(first, counts)
+            self._fill(batch, np.repeat(here, counts), in_row, plan.slot_lengths[slots], dealt[slots], int(epoch))
+        return batch
+
+    # A source lives as long as its run, so the cache keeps nothing alive that should go.
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the order of the plan's rows, and the set dealt to each slot."""
+        random = np.random.Generator(np.random.Philox([self._seed, epoch]))
+        order = random.permutation(self.plan.num_rows)
+        shuffled = random.permutation(len(self._sets))
+        dealt = np.empty(len(self._sets), np.int64)
+        dealt[self._slots_by_length] = shuffled[np.argsort(self._lengths[shuffled], kind="stable")]
+        return order, self._sets[dealt]
+
+    def _fill(
+        self, batch: Batch, rows: np.ndarray, in_row: np.ndarray, lengths: np.ndarray, sets: np.ndarray, epoch: int
+    ) -> None:
+        offsets = self._corpus.offsets
+        set_starts, gene_counts = offsets[sets], offsets[sets + 1] - offsets[sets]
+        genes, owner, place = self._ordered_genes(sets, set_starts, gene_counts, epoch)
+        whole = gene_counts + 2 <= lengths
+        kept_counts = np.where(whole, gene_counts, lengths - 1)
+        kept = place < kept_counts[owner]
+        genes, owner, place = genes[kept], owner[kept], place[kept]
+
+        # Segments of a row follow one another: a start is the sum of the lengths before it in its row.
+        before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        starts = before - before[np.flatnonzero(in_row == 0)[np.cumsum(in_row == 0) - 1]]
+        batch["tokens"][rows, starts] = START
+        batch["tokens"][rows[owner], starts[owner] + 1 + place] = genes
+        batch["tokens"][rows[whole], (starts + gene_counts + 1)[whole]] = END
+        within = np.arange(lengths.sum()) - np.repeat(before, lengths)
+        batch["segments"][np.repeat(rows, lengths), np.repeat(starts, lengths) + within] = np.repeat(
+            in_row + 1, lengths
+        )
+        batch["starts"][rows, in_row] = starts
+        batch["gene_counts"][rows, in_row] = kept_counts
+
+    def _ordered_genes(
+        self, sets: np.ndarray, set_starts: np.ndarray, gene_counts: np.ndarray, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the genes of the sets, flat; which of the sets each belongs to; and its place in the set's order."""
+        owner = np.repeat(np.arange(len(sets)), gene_counts)
+        before = np.concatenate([[0], np.cumsum(gene_counts)[:-1]])
+        place = np.arange(len(owner)) - before[owner]
+        flat = set_starts[owner] + place
+        if self._gene_order == "shuffled":
+            keys = _hash(np.uint64(self._seed), np.uint64(epoch), flat.astype(np.uint64))
+            # Owner in the high bits: one sort of 64-bit integers shuffles every set within itself.
+            keys = (owner.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24))
+            flat = flat[np.argsort(keys)]
+        return self._corpus.tokens[flat], owner, place
+
+
+class Loader:
+    """Iterates over the batches of a `BatchSource` from a step on, read ahead by Grain's threads."""
+
+    def __init__(self, source: BatchSource, start_step: int) -> None:
+        """See `make_loader`."""
+        self.source = source
+        self._start_step = start_step
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in an epoch."""
+        return self.source.plan.num_rows
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every set is seen once."""
+        return self.source.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batch of the start step, then of the next, for ever."""
+        dataset = grain.MapDataset.source(self.source)[self._start_step :]
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def make_loader(
+    corpus: Corpus,
+    split: Split,
+    *,
+    row_length: int,
+    batch_rows: int,
+    segments_per_row: int,
+    seed: int,
+    gene_order: Literal["shuffled", "file"] = "shuffled",
+    start_step: int = 0,
+    num_hosts: int = 1,
+    host: int = 0,
+) -> Loader:
+    """Return the batches of a split from `start_step` on; see `BatchSource` for what a batch holds.
+
+    Raises:
+        UserError: the split is empty, or the rows cannot be divided among the hosts.
+    """
+    source = BatchSource(
+        corpus,
+        split,
+        row_length=row_length,
+        batch_rows=batch_rows,
+        segments_per_row=segments_per_row,
+        seed=seed,
+        gene_order=gene_order,
+        num_hosts=num_hosts,
+        host=host,
+    )
+    return Loader(source, start_step)
+
+
+def _hash(seed: np.uint64, epoch: np.uint64, values: np.ndarray) -> np.ndarray:
+    # splitmix64's finaliser (Steele, Lea and Flood 2014): a random number for each mention that depends on nothing
+    # else, so that every host, and every way to cut an epoch into batches, sees the same order.
+    with np.errstate(over="ignore"):
+        mixed = values + (seed * np.uint64(0xD1342543DE82EF95)) + (epoch * np.uint64(0x9E3779B97F4A7C15))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return mixed ^ (mixed >> np.uint64(31))

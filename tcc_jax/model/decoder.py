@@ -1,0 +1,248 @@
+"""The decoder: a pre-norm transformer over packed rows of genes, with tied embeddings.
+
+It knows shapes and no mesh. `split` and `merge` take it apart into a function and a tree of arrays and back, so that
+training and completion run plain `jax.jit` over arrays.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tcc_jax.config import ModelConfig
+from tcc_jax.model.attention import MASKED, attend, product_precision, segment_offsets
+
+# The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
+PAD, START, END = 0, 1, 2
+NUM_SPECIAL = 16
+
+_INIT_SCALE = 0.02
+_NORM_EPSILON = 1e-6
+_ROPE_BASE = 10_000.0
+
+Params = dict
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer.
+
+    Pre-norm blocks as in GPT-2 (Radford et al. 2019) with its initialisation (0.02, residual projections over
+    sqrt(2 L)), RMSNorm (Zhang & Sennrich 2019), no biases but the output's, and optionally learned positions or rotary
+    ones (Su et al. 2021), counted from the start of each segment.
+
+    Args:
+        config: shape of the model.
+        vocabulary_size: ids in the vocabulary, the special ones included; padded to a multiple of 128 inside.
+        row_length: the longest row it will see; only learned positions depend on it.
+        rngs: source of the initial parameters (its `params` stream).
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int, row_length: int, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        width, padded_size = config.width, padded_vocabulary_size(vocabulary_size)
+        self.embedding = _normal(rngs, (padded_size, width))
+        self.output_bias = nnx.Param(jnp.zeros(padded_size, jnp.float32))
+        if config.position == "learned":
+            self.position_embedding = _normal(rngs, (row_length, width))
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(width)
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Run the decoder up to and including the final norm.
+
+        Args:
+            tokens_BT: int32 ids, 0 for padding.
+            segments_BT: int32, 0 for padding, else the segment's number.
+            dropout_key: a JAX key turns dropout on at the configured rate; None turns it off.
+
+        Returns:
+            h_BTD, float32; zero gradients flow through padding.
+        """
+        keys = _keys(dropout_key, 2 * self.config.num_layers + 1)
+        offsets_BT = segment_offsets(segments_BT)
+        x_BTD = self.embedding[tokens_BT]
+        if self.config.position == "learned":
+            x_BTD = x_BTD + self.position_embedding[offsets_BT]
+        x_BTD = _dropout(x_BTD, self.config.dropout, keys[0])
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, segments_BT, offsets_BT, keys[2 * layer + 1 : 2 * layer + 3])
+        return self.final_norm(x_BTD)
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Score every id from the final hidden states: [.., D] -> [.., V_padded] float32.
+
+        Padding ids and special ids other than <end> get a very low constant: no probability and no gradient.
+        """
+        dtype = jnp.dtype(self.config.matmul_dtype)
+        scores = jnp.einsum(
+            "...D,VD->...V",
+            h.astype(dtype),
+            self.embedding[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+            precision=product_precision(dtype),
+        )
+        return scores + self.masked_bias()
+
+    def masked_bias(self) -> jax.Array:
+        """Return the output bias, [V_padded] float32, with a very low constant at ids that can never be proposed."""
+        # Added to a logit the constant swallows it, so masking costs V additions and not one per logit.
+        return jnp.where(proposable_ids(self.vocabulary_size), self.output_bias[...], MASKED)
+
+
+class Block(nnx.Module):
+    """Attention, then a GELU feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config, rngs)
+        self.feed_forward_norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(config, rngs)
+        self.dropout = config.dropout
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array,
+        offsets_BT: jax.Array,
+        dropout_keys: list[jax.Array] | list[None],
+    ) -> jax.Array:
+        """Return the residual stream after the block, BTD float32."""
+        branch_BTD = self.attention(self.attention_norm(x_BTD), segments_BT, offsets_BT)
+        x_BTD = x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[0])
+        branch_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[1])
+
+
+class Attention(nnx.Module):
+    """Multi-head attention within segments."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, dtype = config.width, config.matmul_dtype
+        self.num_heads = config.num_heads
+        self.rotary = config.position == "rope"
+        self.query = Linear(width, width, dtype, rngs)
+        self.key = Linear(width, width, dtype, rngs)
+        self.value = Linear(width, width, dtype, rngs)
+        self.output = Linear(width, width, dtype, rngs, scale=_residual_scale(config))
+
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, offsets_BT: jax.Array) -> jax.Array:
+        """Return BTD in the type of the matrix products."""
+        heads = (*x_BTD.shape[:2], self.num_heads, -1)
+        q_BTNH, k_BTNH, v_BTNH = (linear(x_BTD).reshape(heads) for linear in (self.query, self.key, self.value))
+        if self.rotary:
+            q_BTNH, k_BTNH = _rotate(q_BTNH, offsets_BT), _rotate(k_BTNH, offsets_BT)
+        return self.output(attend(q_BTNH, k_BTNH, v_BTNH, segments_BT).reshape(x_BTD.shape))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        hidden_width, dtype = config.hidden_width or 4 * config.width, config.matmul_dtype
+        self.expand = Linear(config.width, hidden_width, dtype, rngs)
+        self.contract = Linear(hidden_width, config.width, dtype, rngs, scale=_residual_scale(config))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return BTD in the type of the matrix products."""
+        return self.contract(jax.nn.gelu(self.expand(x_BTD)))
+
+
+class Linear(nnx.Module):
+    """A linear layer without a bias: float32 kernel [in, out], product in `dtype`."""
+
+    def __init__(self, in_width: int, out_width: int, dtype: str, rngs: nnx.Rngs, scale: float = _INIT_SCALE) -> None:
+        self.dtype = jnp.dtype(dtype)
+        self.kernel = _normal(rngs, (in_width, out_width), scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [.., out] in `dtype`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        # As a matrix: XLA's CPU backend takes four times as long for the kernel's gradient over two leading axes.
+        matrix = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        product = jnp.matmul(matrix, kernel, precision=product_precision(self.dtype))
+        return product.reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the width, then a learned scale; float32 in and out."""
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the normed array, same shape, float32."""
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + _NORM_EPSILON) * self.scale[...]
+
+
+def split(decoder: Decoder) -> Params:
+    """Return a decoder's parameters as nested dicts of float32 arrays (`blocks` is keyed by layer number)."""
+    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+
+def merge(config: ModelConfig, vocabulary_size: int, row_length: int, params: Params) -> Decoder:
+    """Return the decoder that holds `params`, concrete or traced, as given by `split` or read from a checkpoint.
+
+    Cheap enough to call inside every traced function: the decoder is built from shapes alone.
+    """
+    return nnx.merge(nnx.graphdef(_abstract(config, vocabulary_size, row_length)), params)
+
+
+def initial_params(config: ModelConfig, vocabulary_size: int, row_length: int, key: jax.Array) -> Params:
+    """Return fresh parameters, a pure function of `key`."""
+    return split(Decoder(config, vocabulary_size, row_length, nnx.Rngs(params=key)))
+
+
+def abstract_params(config: ModelConfig, vocabulary_size: int, row_length: int) -> Params:
+    """Return the parameters' shapes and types (`jax.ShapeDtypeStruct`), without making any array."""
+    return split(_abstract(config, vocabulary_size, row_length))
+
+
+def count_parameters(params: Params) -> int:
+    """Return the number of parameters, the padding of the vocabulary included."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def padded_vocabulary_size(vocabulary_size: int) -> int:
+    """Return the vocabulary size rounded up to a multiple of 128, the lane width of accelerators."""
+    return -(-vocabulary_size // 128) * 128
+
+
+def proposable_ids(vocabulary_size: int) -> np.ndarray:
+    """Return [V_padded] bool: true for genes and <end>, the ids that a prefix can be followed by."""
+    ids_V = np.arange(padded_vocabulary_size(vocabulary_size))
+    return (ids_V == END) | ((ids_V >= NUM_SPECIAL) & (ids_V < vocabulary_size))
+
+
+def _abstract(config: ModelConfig, vocabulary_size: int, row_length: int) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, vocabulary_size, row_length, nnx.Rngs(0)))
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = _INIT_SCALE) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _residual_scale(config: ModelConfig) -> float:
+    return _INIT_SCALE / (2 * config.num_layers) ** 0.5
+
+
+def _keys(key: jax.Array | None, count: int) -> list[jax.Array] | list[None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def _rotate(x_BTNH: jax.Array, offsets_BT: jax.Array) -> jax.Array:
+    half = x_BTNH.shape[-1] // 2
+    frequency_H = _ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BTNH = offsets_BT[:, :, None, None] * frequency_H
+    cos, sin = jnp.cos(angle_BTNH), jnp.sin(angle_BTNH)
+    low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTNH.dtype)

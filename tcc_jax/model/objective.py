@@ -1,0 +1,250 @@
+"""What the decoder learns: the genes still to come at a prefix of a set, or the next gene in its order.
+
+Both losses are a cross-entropy -sum_v p_v log softmax(logits)_v, whose target p enters only through its mean embedding
+and mean bias, so that no [positions, vocabulary] target exists, and whose logits live one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tcc_jax.model.attention import product_precision
+from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
+
+# Logits held at once. On two CPU cores, chunks of 256 positions are as fast as any and four times as fast as autodiff
+# over the whole; an accelerator wants products as large as its memory allows.
+_CHUNK_LOGITS_CPU = 2**24
+_CHUNK_LOGITS = 2**29
+
+
+def remaining_set_loss(
+    decoder: Decoder,
+    h_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BC: jax.Array | None = None,
+    weights_BC: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy against the uniform distribution over the genes still to come in the segment, <end> when none are.
+
+    Under a random order of the genes this is the expectation of the next-gene loss over the orders of what remains.
+
+    Args:
+        decoder: gives the tied embedding and the output bias.
+        h_BTD: float32 final hidden states, as returned by the decoder.
+        tokens_BT: int32 ids, 0 for padding.
+        segments_BT: int32, 0 for padding, else the segment's number.
+        positions_BC: int32 columns to score; None scores every position that has a target.
+        weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
+
+    Returns:
+        The sum of the losses in nats and the number of scored positions, float32 both. A position without a target
+        (padding, <end>, the last gene of a set cut off without <end>) is never scored.
+    """
+    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
+    position_BC1 = positions_BC[:, :, None]
+    index_T = jnp.arange(tokens_BT.shape[1])
+    same_BCT = jnp.take_along_axis(segments_BT, positions_BC, axis=1)[:, :, None] == segments_BT[:, None, :]
+    to_come_BCT = same_BCT & (index_T > position_BC1) & (tokens_BT >= NUM_SPECIAL)[:, None, :]
+    count_BC = jnp.sum(to_come_BCT, axis=-1)
+    # Nothing to come: the next token is <end>, and it is the whole target.
+    target_BCT = to_come_BCT | ((count_BC[:, :, None] == 0) & (index_T == position_BC1 + 1))
+    target_BCT = target_BCT.astype(jnp.float32)
+    # A product with the block mask: unlike differences of running sums along the row it loses no bits, and at
+    # T / V of the cost of the output layer it is not worth a segmented scan.
+    mean = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    count_BC = jnp.maximum(count_BC, 1)
+    embedding_BCD = mean("BCT,BTD->BCD", target_BCT, decoder.embedding[tokens_BT]) / count_BC[:, :, None]
+    bias_BC = mean("BCT,BT->BC", target_BCT, decoder.output_bias[tokens_BT]) / count_BC
+    return _cross_entropy(decoder, h_BCD, embedding_BCD, bias_BC, weights_BC)
+
+
+def next_gene_loss(
+    decoder: Decoder,
+    h_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BC: jax.Array | None = None,
+    weights_BC: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy against the next token of the segment: the next gene, or <end> after the last.
+
+    Arguments and results are those of `remaining_set_loss`.
+    """
+    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
+    next_BC = jnp.minimum(positions_BC + 1, tokens_BT.shape[1] - 1)
+    target_BC = jnp.take_along_axis(tokens_BT, next_BC, axis=1)
+    return _cross_entropy(decoder, h_BCD, decoder.embedding[target_BC], decoder.output_bias[target_BC], weights_BC)
+
+
+LOSSES = {"remaining-set": remaining_set_loss, "next-gene": next_gene_loss}
+
+
+def cut_positions(
+    key: jax.Array,
+    tokens_BT: jax.Array,
+    starts_BM: jax.Array,
+    gene_counts_BM: jax.Array,
+    num_cuts: int,
+    low: float,
+    high: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the positions to score: in each segment, K prefixes of c visible genes.
+
+    c is uniform over the whole numbers with low <= c / genes <= high, or the nearest one where a short set has none.
+    The K draws of a segment are stratified: the range is cut into K parts and each part gives one.
+    All n genes are a prefix only if `high` is 1 and the segment has its <end>, which is then the target.
+
+    Args:
+        key: a JAX key.
+        tokens_BT: int32 ids.
+        starts_BM: int32, column of each segment's <start>; 0 in unused slots.
+        gene_counts_BM: int32, genes in each segment; 0 in unused slots.
+        num_cuts: K, cut points in a segment.
+        low: smallest share of a set's genes that is visible, 0 to 1.
+        high: largest share.
+
+    Returns:
+        Columns [B, M, K] int32 and weights [B, M, K] float32: 1, or 0 in unused slots.
+    """
+    last_B = tokens_BT.shape[1] - 1
+    after_BM = jnp.minimum(starts_BM + gene_counts_BM + 1, last_B)
+    has_end_BM = jnp.take_along_axis(tokens_BT, after_BM, axis=1) == END
+    most_BM = gene_counts_BM - 1 + (has_end_BM if high >= 1 else 0)
+    # A little slack: in float32, 0.2 * 5 lies above 1.
+    slack = 1e-4
+    first_BM = jnp.clip(jnp.ceil(low * gene_counts_BM - slack).astype(jnp.int32), 0, jnp.maximum(most_BM, 0))
+    last_BM = jnp.clip(jnp.floor(high * gene_counts_BM + slack).astype(jnp.int32), first_BM, jnp.maximum(most_BM, 0))
+    uniform_BMK = jax.random.uniform(key, (*starts_BM.shape, num_cuts))
+    share_BMK = (jnp.arange(num_cuts) + uniform_BMK) / num_cuts
+    width_BM1 = (last_BM - first_BM + 1)[:, :, None]
+    # Rounding can lift the largest share to 1.
+    step_BMK = jnp.minimum((share_BMK * width_BM1).astype(jnp.int32), width_BM1 - 1)
+    weights_BMK = jnp.broadcast_to((gene_counts_BM > 0)[:, :, None], uniform_BMK.shape).astype(jnp.float32)
+    return starts_BM[:, :, None] + first_BM[:, :, None] + step_BMK, weights_BMK
+
+
+def _scored(
+    h_BTD: jax.Array, segments_BT: jax.Array, positions_BC: jax.Array | None, weights_BC: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # A position has a target if the next column continues its segment: that is a gene, or <end>.
+    following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
+    has_target_BT = (segments_BT > 0) & (following_BT == segments_BT)
+    if positions_BC is None or weights_BC is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
+        return positions_BT, has_target_BT.astype(jnp.float32), h_BTD
+    weights_BC = weights_BC * jnp.take_along_axis(has_target_BT, positions_BC, axis=1)
+    return positions_BC, weights_BC, jnp.take_along_axis(h_BTD, positions_BC[:, :, None], axis=1)
+
+
+def _cross_entropy(
+    decoder: Decoder, h_BCD: jax.Array, embedding_BCD: jax.Array, bias_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    target_logit_BC = jnp.sum(h_BCD * embedding_BCD, axis=-1) + bias_BC
+    normalizers = weighted_logsumexp(
+        h_BCD, decoder.embedding[...], decoder.masked_bias(), weights_BC, decoder.config.matmul_dtype
+    )
+    return normalizers - jnp.sum(weights_BC * target_logit_BC), jnp.sum(weights_BC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_logsumexp(
+    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str
+) -> jax.Array:
+    """Return sum_bc w_bc logsumexp_v(h_bc . e_v + b_v), float32, without holding all logits at once.
+
+    The sum is a single number, so its gradient is known up to one factor while the logits of a chunk are at hand: it is
+    taken there and then, and the logits are dropped (the fused linear cross-entropy of Liger Kernel, Hsu et al. 2024).
+    Three products with the embedding in all, none of them repeated.
+
+    Args:
+        h_BCD: float32 hidden states at the scored positions.
+        embedding_VD: float32 tied embedding.
+        bias_V: float32 output bias, very low where an id can never be proposed.
+        weights_BC: float32 weight of each position.
+        dtype: type of the products' operands; they accumulate in float32.
+    """
+    return _logsumexp_scan(h_BCD, embedding_VD, bias_V, weights_BC, dtype, with_gradients=False)[0]
+
+
+def _weighted_logsumexp_forward(
+    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _logsumexp_scan(h_BCD, embedding_VD, bias_V, weights_BC, dtype, with_gradients=True)
+
+
+def _weighted_logsumexp_backward(dtype: str, gradients: tuple[jax.Array, ...], factor: jax.Array) -> tuple:
+    return tuple(factor * gradient for gradient in gradients)
+
+
+weighted_logsumexp.defvjp(_weighted_logsumexp_forward, _weighted_logsumexp_backward)
+
+
+def _logsumexp_scan(
+    h_BCD: jax.Array,
+    embedding_VD: jax.Array,
+    bias_V: jax.Array,
+    weights_BC: jax.Array,
+    dtype: str,
+    *,
+    with_gradients: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    num_positions, vocabulary_size = h_BCD.shape[1], embedding_VD.shape[0]
+    num_chunks = _num_chunks(h_BCD.shape[0], num_positions, vocabulary_size)
+    kind = jnp.dtype(dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(kind))
+    operand_VD = embedding_VD.astype(kind)
+
+    def chunk(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+        # P: the positions of the chunk over all rows, as one axis.
+        shape = inputs[0].shape
+        h_PD, weights_P = inputs[0].reshape(-1, shape[-1]), inputs[1].reshape(-1)
+        logits_PV = product("PD,VD->PV", h_PD.astype(kind), operand_VD) + bias_V
+        largest_P = jnp.max(logits_PV, axis=-1)
+        exp_PV = jnp.exp(logits_PV - largest_P[:, None])
+        sum_P = jnp.sum(exp_PV, axis=-1)
+        logsumexp_P = largest_P + jnp.log(sum_P)
+        total = carry[0] + jnp.sum(weights_P * logsumexp_P)
+        if not with_gradients:
+            return (total,), None
+        # exp / sum is the softmax; dividing the small side of each product saves a pass over the logits.
+        scale_P = weights_P / sum_P
+        operand_PV = exp_PV.astype(kind)
+        d_h_PD = product("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
+        d_embedding_VD = carry[1] + product("PV,PD->VD", operand_PV, (h_PD * scale_P[:, None]).astype(kind))
+        d_bias_V = carry[2] + jnp.einsum("PV,P->V", exp_PV, scale_P, precision=jax.lax.Precision.HIGHEST)
+        return (total, d_embedding_VD, d_bias_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
+
+    carry: tuple[jax.Array, ...] = (jnp.zeros((), jnp.float32),)
+    if with_gradients:
+        carry = (*carry, jnp.zeros_like(embedding_VD), jnp.zeros_like(bias_V))
+    inputs = (_into_chunks(h_BCD, num_chunks), _into_chunks(weights_BC, num_chunks))
+    carry, by_chunk = jax.lax.scan(chunk, carry, inputs)
+    if not with_gradients:
+        return carry[0], ()
+    d_h_BCD, logsumexp_BC = (_out_of_chunks(array, num_positions) for array in by_chunk)
+    return carry[0], (d_h_BCD, carry[1], carry[2], logsumexp_BC)
+
+
+def _num_chunks(num_rows: int, num_positions: int, vocabulary_size: int) -> int:
+    limit = _CHUNK_LOGITS_CPU if jax.default_backend() == "cpu" else _CHUNK_LOGITS
+    positions_in_chunk = max(1, limit // (num_rows * vocabulary_size))
+    return math.ceil(num_positions / positions_in_chunk)
+
+
+def _into_chunks(x_BC: jax.Array, num_chunks: int) -> jax.Array:
+    # Chunks cut the positions and not the rows: rows lie on different devices.
+    padding = -x_BC.shape[1] % num_chunks
+    x_BC = jnp.pad(x_BC, [(0, 0), (0, padding)] + [(0, 0)] * (x_BC.ndim - 2))
+    chunked = x_BC.reshape(x_BC.shape[0], num_chunks, -1, *x_BC.shape[2:])
+    return jnp.moveaxis(chunked, 1, 0)
+
+
+def _out_of_chunks(x_NBC: jax.Array, num_positions: int) -> jax.Array:
+    x_BNC = jnp.moveaxis(x_NBC, 0, 1)
+    return x_BNC.reshape(x_BNC.shape[0], -1, *x_BNC.shape[3:])[:, :num_positions]

@@ -1,0 +1,78 @@
+"""The state of training: step, parameters and optimizer state, made where it will live."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from tcc_jax.config import Config
+from tcc_jax.model.decoder import END, Params, initial_params, proposable_ids
+from tcc_jax.training.optimizer import make_optimizer
+from tcc_jax.training.sharding import replicated, with_sharding
+
+
+class TrainState(NamedTuple):
+    """What a step takes and gives.
+
+    Attributes:
+        step: int32 scalar, optimizer steps taken.
+        params: nested dicts of float32 arrays.
+        optimizer: the state of the optax chain.
+    """
+
+    step: jax.Array
+    params: Params
+    optimizer: optax.OptState
+
+
+def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None, mesh: Mesh) -> TrainState:
+    """Return the state at step 0; every array is born on its devices.
+
+    Args:
+        config: the run; its seed decides the parameters.
+        vocabulary_size: V, ids in the vocabulary.
+        bias_V: [V] float32, the output bias to start from; None starts it at zero.
+        mesh: the devices.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, vocabulary_size, mesh))
+    make = jax.jit(lambda bias_V: _initial(config, vocabulary_size, bias_V), out_shardings=shardings)
+    return make(None if bias_V is None else jax.device_put(bias_V, replicated(mesh)))
+
+
+def abstract_state(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
+    """Return the state's shapes, types and shardings (`jax.ShapeDtypeStruct`), without making any array."""
+    return with_sharding(jax.eval_shape(lambda: _initial(config, vocabulary_size, None)), replicated(mesh))
+
+
+def frequency_bias(counts_V: np.ndarray, num_sets: int) -> np.ndarray:
+    """Return the output bias at which an untrained decoder predicts each gene as often as the training sets hold it.
+
+    Over all prefixes of a set in random order every gene is the target once, and <end> once: the logit of a gene is the
+    log of its count and that of <end> the log of the number of sets, over their total, with half a count added to each.
+
+    Args:
+        counts_V: [V] int64, training sets that hold each gene, 0 for special ids (`Vocabulary.counts`).
+        num_sets: number of training sets.
+
+    Returns:
+        [V] float32; 0 at the special ids that can never be proposed.
+    """
+    counts_V = counts_V.astype(np.float64)
+    counts_V[END] = num_sets
+    proposable_V = proposable_ids(len(counts_V))[: len(counts_V)]
+    smoothed_V = np.where(proposable_V, counts_V + 0.5, 0)
+    return np.log(np.where(proposable_V, smoothed_V / smoothed_V.sum(), 1)).astype(np.float32)
+
+
+def _initial(config: Config, vocabulary_size: int, bias_V: jax.Array | None) -> TrainState:
+    key = jax.random.key(config.run.seed)
+    params = initial_params(config.model, vocabulary_size, config.training.row_length, key)
+    if bias_V is not None:
+        params["output_bias"] = params["output_bias"].at[:vocabulary_size].set(bias_V)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -1,0 +1,74 @@
+"""The corpus on disk: the same bytes each time, and damage that is noticed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tcc_jax.corpus.store import open_corpus
+from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.terminal import UserError
+from tests.corpus.corpora import make_corpus
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_written_and_read_back(tmp_path):
+    corpus = make_corpus(tmp_path / "a")
+    assert set(files_of(corpus.path)) == {"corpus.json", "genes.tsv", "sets.tsv", "tokens.npy", "offsets.npy"}
+    assert corpus.tokens.dtype == np.uint16
+    assert not corpus.tokens.flags.writeable
+    assert corpus.offsets.dtype == np.int64
+    assert len(corpus.names) == corpus.num_sets == len(corpus.libraries) == len(corpus.splits)
+    assert corpus.meta["vocabulary_hash"] == corpus.vocabulary.hash
+    assert corpus.lengths.sum() == len(corpus.tokens)
+
+
+def test_same_input_and_seed_give_the_same_bytes(tmp_path):
+    one, two, other = (make_corpus(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert files_of(one.path) == files_of(two.path)
+    assert one.hash != other.hash
+
+
+@pytest.mark.parametrize("name", ["genes.tsv", "sets.tsv", "tokens.npy", "offsets.npy", "corpus.json"])
+def test_truncated_edited_or_missing_files_are_named(tmp_path, name):
+    corpus = make_corpus(tmp_path / "a")
+    path = corpus.path / name
+    content = path.read_bytes()
+    flipped = bytes([content[len(content) // 2] ^ 1])
+    for damaged in (content[:-2], content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=name):
+            open_corpus(corpus.path)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name}.* missing"):
+        open_corpus(corpus.path)
+
+
+def test_another_format_version_says_what_to_do(tmp_path):
+    corpus = make_corpus(tmp_path / "a")
+    meta = json.loads((corpus.path / "corpus.json").read_text())
+    meta["format_version"] = 99
+    (corpus.path / "corpus.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"format version 99.*prepare it again"):
+        open_corpus(corpus.path)
+
+
+def test_no_corpus_here(tmp_path):
+    with pytest.raises(UserError, match="no prepared corpus here"):
+        open_corpus(tmp_path)
+
+
+def test_vocabulary_table(tmp_path):
+    vocabulary = make_corpus(tmp_path / "a").vocabulary
+    vocabulary.write(tmp_path / "genes.tsv")
+    again = Vocabulary.read(tmp_path / "genes.tsv")
+    assert again.hash == vocabulary.hash
+    np.testing.assert_array_equal(again.counts, vocabulary.counts)
+    lines = (tmp_path / "genes.tsv").read_text().splitlines()
+    for number, bad in ((0, "x"), (1, "0\t<gap>\t\t0"), (20, "7\tTP53\t\t1"), (21, "20\tTP53\t1")):
+        (tmp_path / "bad.tsv").write_text("\n".join([*lines[:number], bad, *lines[number + 1 :]]))
+        with pytest.raises(UserError, match=r"bad.tsv"):
+            Vocabulary.read(tmp_path / "bad.tsv")

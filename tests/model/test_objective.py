@@ -1,0 +1,172 @@
+"""Both losses against references that loop over segments or hold a dense target, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tcc_jax.config import ModelConfig
+from tcc_jax.corpus import vocabulary
+from tcc_jax.model import decoder as decoder_module
+from tcc_jax.model import objective
+from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids
+from tcc_jax.model.objective import LOSSES, cut_positions
+from tests.model.rows import pack, random_rows
+
+SIZE, LENGTH, WIDTH, SLOTS = 50, 23, 16, 6
+MODEL = ModelConfig(num_layers=1, width=WIDTH, num_heads=2, matmul_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def case():
+    batch = pack(random_rows(3, 4, LENGTH, SIZE), LENGTH, SLOTS)
+    params = initial_params(MODEL, SIZE, LENGTH, jax.random.key(0))
+    random = np.random.default_rng(1)
+    params["embedding"] = jnp.asarray(random.normal(size=params["embedding"].shape), jnp.float32)
+    params["output_bias"] = jnp.asarray(random.normal(size=params["output_bias"].shape), jnp.float32)
+    h_BTD = jnp.asarray(random.normal(size=(4, LENGTH, WIDTH)), jnp.float32)
+    return params, h_BTD, batch
+
+
+def target_at(kind, tokens_T, segments_T, position):
+    """Return the target's ids at one position, by looking at the tokens that follow it in its segment."""
+    if segments_T[position] == 0:
+        return []
+    after = [int(tokens_T[t]) for t in range(position + 1, len(tokens_T)) if segments_T[t] == segments_T[position]]
+    if kind == "next-gene":
+        return after[:1]
+    return [token for token in after if token >= NUM_SPECIAL] or after[:1]
+
+
+def reference_targets(kind, batch, positions_BC=None, weights_BC=None):
+    """Return dense targets [B, T, V_padded]: what each position is scored against, summed over its cut points."""
+    tokens_BT, segments_BT = batch["tokens"], batch["segments"]
+    rows, length = tokens_BT.shape
+    targets = np.zeros((rows, length, 128))
+    for row in range(rows):
+        positions = range(length) if positions_BC is None else positions_BC[row]
+        weights = np.ones(length) if weights_BC is None else weights_BC[row]
+        for position, weight in zip(positions, weights, strict=True):
+            ids = target_at(kind, tokens_BT[row], segments_BT[row], position)
+            for token in ids:
+                targets[row, position, token] += weight / len(ids)
+    return targets
+
+
+def reference_loss(embedding_VD, bias_V, h_BTD, targets_BTV):
+    logits = np.where(proposable_ids(SIZE), h_BTD @ embedding_VD.T + bias_V, -np.inf)
+    largest = logits.max(-1, keepdims=True)
+    log_softmax = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    return -np.sum(targets_BTV * np.where(targets_BTV > 0, log_softmax, 0)), targets_BTV.sum()
+
+
+def cuts(batch, num_cuts=3, low=0.0, high=1.0, seed=0):
+    drawn = cut_positions(
+        jax.random.key(seed), batch["tokens"], batch["starts"], batch["gene_counts"], num_cuts, low, high
+    )
+    return [np.asarray(array).reshape(len(batch["tokens"]), -1) for array in drawn]
+
+
+@pytest.mark.parametrize("with_cuts", [False, True])
+@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("chunk_logits", [2**24, 128 * 4 * 5])
+def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, chunk_logits, monkeypatch):
+    monkeypatch.setattr(objective, "_CHUNK_LOGITS_CPU", chunk_logits)
+    params, h_BTD, batch = case
+    scored = cuts(batch) if with_cuts else []
+
+    def loss(params, h_BTD):
+        decoder = merge(MODEL, SIZE, LENGTH, params)
+        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"], *scored)
+
+    total, count = jax.jit(loss)(params, h_BTD)
+    targets = reference_targets(kind, batch, *scored)
+    arrays = [np.asarray(array, np.float64) for array in (params["embedding"], params["output_bias"], h_BTD)]
+    expected, expected_count = reference_loss(*arrays, targets)
+    assert total.dtype == count.dtype == jnp.float32
+    assert count == round(expected_count)
+    np.testing.assert_allclose(total, expected, rtol=2e-6)
+
+    by_params, by_h = jax.jit(jax.grad(lambda *a: loss(*a)[0], argnums=(0, 1)))(params, h_BTD)
+    with jax.enable_x64(True):
+        expected_gradients = jax.grad(dense_loss, argnums=(0, 1, 2))(*map(jnp.asarray, arrays), jnp.asarray(targets))
+    gradients = (by_params["embedding"], by_params["output_bias"], by_h)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=2e-5)
+
+
+def dense_loss(embedding_VD, bias_V, h_BTD, targets_BTV):
+    logits = jnp.where(proposable_ids(SIZE), h_BTD @ embedding_VD.T + bias_V, -1e30)
+    return -jnp.sum(targets_BTV * jax.nn.log_softmax(logits))
+
+
+def test_bfloat16_loss_is_close_to_the_float32_one(case):
+    params, h_BTD, batch = case
+    totals = []
+    for dtype in ("bfloat16", "float32"):
+        model = ModelConfig(num_layers=1, width=WIDTH, num_heads=2, matmul_dtype=dtype)
+        decoder = merge(model, SIZE, LENGTH, params)
+        totals.append(float(LOSSES["remaining-set"](decoder, h_BTD, batch["tokens"], batch["segments"])[0]))
+    # Eight bits of mantissa on logits of about 4, averaged over some 80 positions.
+    assert totals[0] == pytest.approx(totals[1], rel=5e-3)
+
+
+def test_remaining_set_loss_is_the_mean_of_next_gene_losses_over_orders(case):
+    params, h_BTD, _ = case
+    decoder = merge(MODEL, SIZE, LENGTH, params)
+    genes = [20, 30, 40]
+    position = np.array([[1]], np.int32), np.ones((1, 1), np.float32)
+
+    def loss_at_one(kind, order):
+        batch = pack([[order]], LENGTH, 1)
+        return float(LOSSES[kind](decoder, h_BTD[:1], batch["tokens"], batch["segments"], *position)[0])
+
+    orders = ([20, 30, 40], [20, 40, 30])
+    next_gene = np.mean([loss_at_one("next-gene", order) for order in orders])
+    assert loss_at_one("remaining-set", genes) == pytest.approx(next_gene, rel=1e-5)
+    assert loss_at_one("remaining-set", orders[0]) == pytest.approx(loss_at_one("remaining-set", orders[1]), rel=1e-6)
+
+
+def test_ids_that_cannot_be_proposed_get_no_probability_and_no_gradient(case):
+    params, h_BTD, batch = case
+
+    def loss(params):
+        decoder = merge(MODEL, SIZE, LENGTH, params)
+        return LOSSES["remaining-set"](decoder, h_BTD, batch["tokens"], batch["segments"])[0]
+
+    gradient = jax.grad(loss)(params)
+    never = ~proposable_ids(SIZE)
+    assert never.sum() == 128 - SIZE + NUM_SPECIAL - 1
+    assert not np.any(gradient["embedding"][never])
+    assert not np.any(gradient["output_bias"][never])
+    probabilities = jax.nn.softmax(merge(MODEL, SIZE, LENGTH, params).logits(h_BTD))
+    assert not np.any(probabilities[..., never])
+    assert np.all(probabilities[..., ~never] > 0)
+
+
+def test_cut_points_lie_where_they_should():
+    rows = [[list(range(16, 16 + n)) for n in (1, 5, 8)], [list(range(16, 26)), tuple(range(16, 24))]]
+    batch = pack(rows, 30, 4)
+    seen: dict[tuple, set] = {}
+    for low, high in ((0.0, 1.0), (0.2, 0.6), (0.95, 1.0), (0.2, 0.2001)):
+        for seed in range(60):
+            arguments = (batch["tokens"], batch["starts"], batch["gene_counts"], 2, low, high)
+            positions, weights = cut_positions(jax.random.key(seed), *arguments)
+            assert positions.shape == weights.shape == (2, 4, 2)
+            np.testing.assert_array_equal(weights[..., 0], batch["gene_counts"] > 0)
+            visible = np.asarray(positions) - batch["starts"][:, :, None]
+            for row, slot in np.argwhere(batch["gene_counts"] > 0):
+                seen.setdefault((low, high, row, slot), set()).update(visible[row, slot].tolist())
+    # With the end in reach, every prefix turns up, the whole set only where it has its <end>.
+    assert [seen[0.0, 1.0, 0, slot] for slot in range(3)] == [set(range(n + 1)) for n in (1, 5, 8)]
+    assert seen[0.0, 1.0, 1, 0] == set(range(11))
+    assert seen[0.0, 1.0, 1, 1] == set(range(8))
+    assert [seen[0.2, 0.6, 0, slot] for slot in range(3)] == [{0}, {1, 2, 3}, {2, 3, 4}]
+    assert seen[0.2, 0.6, 1, 0] == {2, 3, 4, 5, 6}
+    assert seen[0.95, 1.0, 1, 1] == {7}
+    assert [seen[0.2, 0.2001, 0, slot] for slot in range(3)] == [{0}, {1}, {2}]
+
+
+def test_the_model_knows_the_special_ids_of_the_vocabulary():
+    for name in ("PAD", "START", "END", "NUM_SPECIAL"):
+        assert getattr(decoder_module, name) == getattr(vocabulary, name)

@@ -1,0 +1,90 @@
+"""`python -m tcc_jax.prepare` as a user runs it, wrong input included."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tcc_jax.corpus.store import open_corpus
+from tests.corpus.corpora import random_sets, write_gmt_file
+
+
+def prepare(*arguments, **settings):
+    command = [sys.executable, "-m", "tcc_jax.prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
+@pytest.fixture
+def gmt(tmp_path):
+    return write_gmt_file(tmp_path / "lib.gmt", random_sets())
+
+
+def assert_one_line_error(done, *words):
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0]
+
+
+def test_prints_counts_and_leaks(gmt, tmp_path):
+    done = prepare("--gmt", gmt, "--out", tmp_path / "deep" / "corpus")
+    assert done.returncode == 0, done.stderr
+    assert "mentions" in done.stdout and "leaks" in done.stdout
+    assert open_corpus(tmp_path / "deep" / "corpus").num_sets > 0
+
+
+def test_existing_output_needs_overwrite(gmt, tmp_path):
+    assert prepare("--gmt", gmt, "--out", tmp_path / "c").returncode == 0
+    before = open_corpus(tmp_path / "c").hash
+    assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "c"), tmp_path / "c", "--overwrite")
+    assert prepare("--gmt", gmt, "--out", tmp_path / "c", "--seed", 1, "--overwrite").returncode == 0
+    assert open_corpus(tmp_path / "c").hash != before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "no such file"), (b"", "no usable"), (b"\x00\x01binary", "binary"), (b"one\ntwo\n", "three columns")],
+)
+def test_bad_gmt(tmp_path, content, word):
+    path = tmp_path / "bad.gmt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_one_line_error(prepare("--gmt", path, "--out", tmp_path / "new" / "out"), path, word)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_hgnc_table(gmt, tmp_path):
+    table = tmp_path / "table.tsv"
+    table.write_text("gene\tname\nTP53\ttumor protein\n")
+    assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "out", "--hgnc", table), table, "not an HGNC table")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_flag_is_one_line(gmt, tmp_path):
+    done = prepare("--gmt", gmt, "--out", tmp_path / "out", "--min-gene", 3)
+    assert_one_line_error(done, "--min-gene")
+    done = prepare("--gmt", gmt, "--out", tmp_path / "out", "--min-genes", "three")
+    assert_one_line_error(done, "--min-genes", "three")
+
+
+def test_output_in_a_place_that_cannot_be_written(gmt, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "file" / "out"), tmp_path / "file" / "out")
+    assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "file"), tmp_path / "file", "is a file")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "closed" / "out"), "closed")
+
+
+def test_full_output_leaves_nothing(gmt, tmp_path):
+    # A limit on the size of files stands in for a full disk: both fail in the middle of a write.
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    done = prepare("--gmt", gmt, "--out", tmp_path / "new" / "out", preexec_fn=limit, env={**os.environ})
+    assert_one_line_error(done, tmp_path / "new" / "out", "File too large")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,78 @@
+"""`python -m tcc_jax.train`: one line for a mistake, and no wait for JAX before it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tcc_jax import train as command
+from tests.training.corpora import write_small_corpus
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "tcc_jax.train", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_every_field_and_its_meaning(tmp_path):
+    result = run("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for words in ("--model.num-layers", "Transformer blocks.", "--checkpoint.every-steps", "--mesh.data"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the first argument must be the TOML file of a run"),
+        (["missing.toml"], "missing.toml: cannot read the configuration: No such file"),
+        (["run.toml", "--model.num-layer", "3"], "--model.num-layers"),
+        (["run.toml", "--model.dropout", "2"], "model.dropout = 2.0: must lie between 0 and 0.99"),
+    ],
+)
+def test_a_mistake_is_one_line_and_jax_is_never_imported(arguments, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.toml").write_text('[run]\ndirectory = "run"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tcc_jax.train", *arguments])
+    # Importing the loop would import jax: let it fail loudly.
+    monkeypatch.setitem(sys.modules, "tcc_jax.training.loop", None)
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_its_toml_with_an_override(tmp_path):
+    write_small_corpus(tmp_path / "corpus")
+    (tmp_path / "run.toml").write_text(
+        """
+        [data]
+        corpus = "corpus"
+        [model]
+        num_layers = 1
+        width = 16
+        num_heads = 2
+        [training]
+        steps = 5
+        batch_rows = 8
+        row_length = 32
+        segments_per_row = 4
+        """
+    )
+    result = run("run.toml", "--run.directory", "here", "--training.steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert "49 training sets" in result.stderr
+    assert (tmp_path / "here" / "checkpoints" / "2").is_dir()
+    bad = run("run.toml", "--run.directory", "there", "--mesh.data", 3, cwd=tmp_path)
+    assert bad.returncode == 2
+    assert bad.stderr == "error: training.batch_rows = 8: must be a multiple of the 3 devices of mesh.data\n"
+    assert not (tmp_path / "there").exists()
