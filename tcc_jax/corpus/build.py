@@ -166,7 +166,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
             "counts": builder.counts,
             "harmonisation": mapped.report,
             "problems": {kind: int(count) for kind, count in problems.counts.items()},
-            "problem_examples": problems.examples,
+            "problem_examples": {kind: [Path(place).name for place in e] for kind, e in problems.examples.items()},
             "cluster_sizes": cluster_sizes,
             "leaks": leak_report,
         },

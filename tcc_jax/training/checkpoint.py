@@ -97,6 +97,9 @@ def read_meta(run_directory: Path, step: int) -> dict[str, Any]:
         UserError: it is damaged, or of a format this version does not read.
     """
     folder = _step_folder(run_directory, step)
+    for item in ("state", "meta"):
+        if not (folder / item).is_dir():
+            raise UserError(f"{folder}: the checkpoint is damaged and cannot be read: {item} is missing")
     with _damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         meta = reader.restore((folder / "meta").absolute())
     if meta.get("format_version") != FORMAT_VERSION:

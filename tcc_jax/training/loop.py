@@ -77,8 +77,9 @@ def train(config: Config) -> None:
         bias_V = frequency_bias(corpus.vocabulary.counts, num_sets) if config.objective.frequency_bias else None
         state = create_state(config, corpus.vocabulary.size, bias_V, mesh)
     directory.mkdir(parents=True, exist_ok=True)
-    corpus.vocabulary.write(directory / VOCABULARY_FILE)
+    # First of all, because it marks the folder as a run that may be gone on with.
     (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    corpus.vocabulary.write(directory / VOCABULARY_FILE)
     devices = f"{mesh.size} {jax.default_backend()} device" + ("s" if mesh.size > 1 else "")
     log(f"{directory}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
     metrics_file = MetricsFile(directory / METRICS_FILE, first)

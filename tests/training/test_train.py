@@ -60,11 +60,14 @@ def test_a_run_from_its_toml_with_an_override(tmp_path):
         num_layers = 1
         width = 16
         num_heads = 2
+        matmul_dtype = "float32"
         [training]
         steps = 5
         batch_rows = 8
         row_length = 32
         segments_per_row = 4
+        [mesh]
+        data = 1
         """
     )
     result = run("run.toml", "--run.directory", "here", "--training.steps", 2, cwd=tmp_path)
