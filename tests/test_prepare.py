@@ -1,7 +1,6 @@
 """`python -m tcc_jax.prepare` as a user runs it, wrong input included."""
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -81,10 +80,9 @@ def test_output_in_a_place_that_cannot_be_written(gmt, tmp_path):
 
 
 def test_full_output_leaves_nothing(gmt, tmp_path):
-    # A limit on the size of files stands in for a full disk: both fail in the middle of a write.
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-    done = prepare("--gmt", gmt, "--out", tmp_path / "new" / "out", preexec_fn=limit, env={**os.environ})
+    # A limit on the size of files (in KiB) stands in for a full disk: both fail in the middle of a write.
+    limited = ["bash", "-c", 'ulimit -f 2; exec "$@"', "bash"]
+    command = [*limited, sys.executable, "-m", "tcc_jax.prepare", "--gmt", gmt, "--out", tmp_path / "new" / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert_one_line_error(done, tmp_path / "new" / "out", "File too large")
     assert not (tmp_path / "new").exists()

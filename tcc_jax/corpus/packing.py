@@ -41,37 +41,38 @@ def segment_lengths(gene_counts: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def plan_rows(lengths: np.ndarray, row_length: int, segments_per_row: int) -> Plan:
-    """Pack segments into rows by best fit decreasing.
+    """Pack segments into rows, one row after the other, from a count of the segments left of each length.
 
-    Each segment, longest first, goes to the fullest row that still takes it (Johnson 1973); a row closes at
-    `segments_per_row`. Deterministic, and a function of the multiset of lengths alone.
+    A row takes the longest segment that fits, again and again (first fit decreasing, Johnson 1973). That leaves the
+    short segments to the end, where rows would close at `segments_per_row` half empty; so once full rows would need
+    more than three quarters of `segments_per_row` on average, each takes its share of the shortest before it fills up.
+    Deterministic, and a function of the multiset of lengths.
 
     Args:
         lengths: [segments] tokens, each from 1 to `row_length`.
         row_length: tokens in a row.
         segments_per_row: most segments in a row.
     """
-    rows: list[list[int]] = []
-    # Rows by the room they have left; bit r of `open_rooms` says whether a row with room r is open. Finding the
-    # smallest room that fits is then a shift and a lowest-bit, whatever the number of rows.
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    open_rooms = 0
-    for length in np.sort(lengths)[::-1].tolist():
-        fitting = open_rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            candidates = by_room[room]
-            row = candidates.pop()
-            if not candidates:
-                open_rooms ^= 1 << room
-            rows[row].append(length)
-        else:
-            room, row = row_length, len(rows)
-            rows.append([length])
-        room -= length
-        if room and len(rows[row]) < segments_per_row:
-            by_room[room].append(row)
-            open_rooms |= 1 << room
-    sizes = np.array([len(row) for row in rows], np.int64)
-    flat = np.array([length for row in rows for length in row], np.int64)
-    return Plan(row_length, flat, np.concatenate([[0], np.cumsum(sizes)]))
+    left = np.bincount(lengths, minlength=row_length + 1).tolist()
+    # Bit l says whether a segment of length l is left: the longest that fits is then a mask and a highest bit.
+    available = sum(1 << length for length, count in enumerate(left) if count)
+    segments_left, tokens_left = len(lengths), int(lengths.sum())
+    slots: list[int] = []
+    row_starts = [0]
+    while segments_left:
+        share = -(-segments_left * row_length // tokens_left)
+        num_shortest = share - 2 if 4 * share > 3 * segments_per_row else 0
+        room, taken = row_length, 0
+        while taken < segments_per_row and (fitting := available & ((2 << room) - 1)):
+            shortest = 0 < taken <= num_shortest
+            length = ((fitting & -fitting) if shortest else fitting).bit_length() - 1
+            left[length] -= 1
+            if not left[length]:
+                available ^= 1 << length
+            slots.append(length)
+            room -= length
+            taken += 1
+        segments_left -= taken
+        tokens_left -= row_length - room
+        row_starts.append(len(slots))
+    return Plan(row_length, np.array(slots, np.int64), np.array(row_starts, np.int64))

@@ -40,6 +40,14 @@ def test_nearly_full_and_quick():
     assert plan.num_rows >= math.ceil(lengths.sum() / 1024)
 
 
+def test_many_short_segments_do_not_leave_rows_half_empty():
+    # Half of the segments are short: rows of them alone would close at 8 segments with 40 of 256 tokens.
+    lengths = np.concatenate([np.full(1000, 5), np.arange(1000) % 200 + 7])
+    plan = plan_rows(lengths, 256, 8)
+    assert np.diff(plan.row_starts).max() <= 8
+    assert plan.fullness > 0.98
+
+
 def test_small_cases():
     assert segment_lengths(np.array([1, 6, 7, 100]), 8).tolist() == [3, 8, 8, 8]
     plan = plan_rows(np.array([8, 3, 5]), 8, 2)
