@@ -3,6 +3,8 @@
 # bash run.sh CONFIG.toml  the same for another run, on a corpus that is already prepared
 # bash run.sh test         set up, then ruff, mypy and pytest
 set -euo pipefail
+# On Linux, large pages and keeping freed memory: XLA frees and takes hundreds of megabytes at every step (benchmarks/LOG.md).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000}
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 find_python() {
@@ -35,23 +37,35 @@ set_up() {
   cksum pyproject.toml constraints.txt >"$stamp"
 }
 
+# What a configuration says, or its one-line error.
+ask() {
+  .venv/bin/python -c 'import sys
+from tcc_jax.config import read_toml
+from tcc_jax.terminal import run_command
+run_command(lambda: print(getattr(getattr(read_toml(sys.argv[1]), sys.argv[2]), sys.argv[3])))' "$@"
+}
+
 run() {
-  local config=$1 directory report corpus=corpora/embedded
+  local config=$1 corpus directory
   set_up plots
-  if [ "$config" = configs/embedded.toml ] && [ ! -e "$corpus" ]; then
+  corpus=$(ask "$config" data corpus)
+  directory=$(ask "$config" run directory)
+  if [ "$corpus" = corpora/embedded ] && [ ! -e "$corpus" ]; then
     echo "== prepare: Reactome to train on, WikiPathways as the unseen library" >&2
     .venv/bin/python -m tcc_jax.prepare --out "$corpus" --split library --test-library WikiPathways_MSigDB_7.5.1 \
       --validation-share 0.05 --gmt data/Reactome_MSigDB_7.5.1.gmt.xz data/WikiPathways_MSigDB_7.5.1.gmt.xz
   fi
-  directory=$(.venv/bin/python -c 'import sys, tcc_jax.config as c; print(c.read_toml(sys.argv[1]).run.directory)' "$config")
-  report=$directory/report
   echo "== train: $config" >&2
   .venv/bin/python -m tcc_jax.train "$config"
   echo "== eval: the test split" >&2
-  .venv/bin/python -m tcc_jax.eval --checkpoint "$directory" --out "$report" --overwrite
-  echo "the report is in $PWD/$report (report.json, per_set.tsv, completions.gmt, significance.png)"
+  .venv/bin/python -m tcc_jax.eval --checkpoint "$directory" --out "$directory/report" --overwrite
+  echo "the report is in $PWD/$directory/report"
 }
 
+if [ $# -gt 1 ] && [ "$1" != test ]; then
+  echo "error: one configuration at a time; for other settings run python -m tcc_jax.train $1 --section.field value" >&2
+  exit 2
+fi
 case "${1:-}" in
   test)
     set_up dev,plots

@@ -15,6 +15,9 @@ from typing import IO
 
 from tcc_jax.terminal import UserError
 
+# What a folder must hold to be replaced: --overwrite is for results, never for somebody's data.
+_REPLACEABLE = ("corpus.json", "report.json", "model.safetensors")
+
 
 def embedded(name: str) -> Path:
     """Return the path of an embedded data file: inside the installed package, or data/ of the repository."""
@@ -47,43 +50,58 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: the folder to make. Parents are made too, and removed again if the work fails.
-        replace: take the place of an existing folder; otherwise an existing, non-empty one is an error.
+        replace: take the place of an existing folder, if it is a result of ours; otherwise an existing, non-empty
+            one is an error.
 
     Yields:
         An empty temporary folder beside `path`, moved into place in one rename when the block ends.
 
     Raises:
-        UserError: `path` exists and `replace` is false, or it cannot be made.
+        UserError: `path` exists and may not be replaced, or it cannot be made.
     """
-    path = Path(path)
+    # Through links, so that the folder they point to is what appears or is replaced.
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another output folder")
-    if path.exists() and not replace and any(path.iterdir()):
-        raise UserError(f"{path}: already exists; choose another output folder or pass --overwrite")
-    made = _make_parents(path.absolute())
+    if path.exists() and any(path.iterdir()):
+        if not replace:
+            raise UserError(f"{path}: already exists; choose another output folder or pass --overwrite")
+        if not any((path / marker).exists() for marker in _REPLACEABLE):
+            raise UserError(f"{path}: not a result of tcc_jax, so not overwritten; choose another output folder")
+    made = _make_parents(path)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         _remove_folders(made)
         raise UserError(f"{path}: cannot write here: {error.strerror}") from None
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            # rename() cannot replace a folder that is not empty: move the old one aside first.
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.absolute().parent))
-            os.rename(path, old / "old")
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        _move_into_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_folders(made)
         if isinstance(error, OSError) and error.filename is None:
             # A full disk is reported without a name; say which output it was.
-            raise UserError(f"{path}: cannot write: {error.strerror}") from None
+            raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
         raise
+
+
+def _move_into_place(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    # rename() cannot replace a folder that is not empty: the old one steps aside, and back if anything goes wrong.
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        os.rename(path, aside / path.name)
+        os.rename(new, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside / path.name, path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def _make_parents(path: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcc_jax.corpus.build import BuildOptions, build_corpus, log_summary
+from tcc_jax.corpus.build import BuildOptions, build_corpus
 from tcc_jax.corpus.store import Corpus, write_corpus
 from tcc_jax.files import atomic_folder
 from tcc_jax.terminal import parse_arguments, run_command, table
@@ -28,7 +28,6 @@ def _main() -> None:
     with atomic_folder(arguments.out, replace=arguments.overwrite) as folder:
         corpus = build_corpus(arguments.gmt, arguments)
         write_corpus(folder, corpus)
-    log_summary(corpus)
     print(_summary(corpus))
     print(f"\ncorpus: {arguments.out}")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -25,11 +27,21 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's body; a user's mistake prints one line on standard error and exits with 2, no traceback."""
+    """Run a command's body; a user's mistake prints one line on standard error and exits with 2, no traceback.
+
+    SIGTERM and SIGHUP, as SIGINT does, unwind the command, so that nothing half-written stays behind.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored: leave it so
+            signal.signal(number, _leave)
     try:
         main()
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; the interpreter must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         # Unwritable, full or missing places: the system's own words, with the file they are about.
         where = f"{error.filename}: " if error.filename else ""
@@ -37,6 +49,10 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _fail(message: str) -> None:
@@ -57,6 +73,12 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
     """
     import tyro
 
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            # tyro would keep the last and drop the others without a word.
+            raise UserError(f"{flag}: given twice; give it once, with all its values after it")
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -64,15 +86,21 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box of several lines; an error here is one line.
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in captured.getvalue().splitlines()]
-        words = " ".join(line for line in lines if line)
+        # tyro draws a box of several lines under a title; an error here is one line.
+        drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]
+        words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
         raise UserError(words or "wrong arguments; see --help") from None
 
 
 def log(message: str) -> None:
     """Print one line on standard error, where progress and notices go; standard output is for results."""
     print(message, file=sys.stderr, flush=True)
+
+
+def log_lines(messages: Iterable[str]) -> None:
+    """Print several lines as `log` does."""
+    for message in messages:
+        log(message)
 
 
 @contextlib.contextmanager

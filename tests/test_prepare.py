@@ -1,8 +1,10 @@
 """`python -m tcc_jax.prepare` as a user runs it, wrong input included."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -44,6 +46,39 @@ def test_existing_output_needs_overwrite(gmt, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_overwrite_is_for_results_alone(gmt, tmp_path):
+    assert_one_line_error(prepare("--gmt", gmt, "--out", gmt.parent, "--overwrite"), "not a result of tcc_jax")
+    assert gmt.exists()
+
+
+def test_output_through_a_link(gmt, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert prepare("--gmt", gmt, "--out", tmp_path / "link").returncode == 0
+    assert (tmp_path / "link").is_symlink() and open_corpus(tmp_path / "real").num_sets > 0
+
+
+def test_a_repeated_flag_is_an_error(gmt, tmp_path):
+    done = prepare("--gmt", gmt, "--gmt", gmt, "--out", tmp_path / "out")
+    assert_one_line_error(done, "--gmt: given twice")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, number):
+    fifo = tmp_path / "slow.gmt"
+    os.mkfifo(fifo)  # never written to: the command waits for it until the signal
+    command = [sys.executable, "-m", "tcc_jax.prepare", "--gmt", fifo, "--out", tmp_path / "new" / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "new").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [(None, "no such file"), (b"", "no usable"), (b"\x00\x01binary", "binary"), (b"one\ntwo\n", "three columns")],
@@ -79,10 +114,11 @@ def test_output_in_a_place_that_cannot_be_written(gmt, tmp_path):
         assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "closed" / "out"), "closed")
 
 
-def test_full_output_leaves_nothing(gmt, tmp_path):
-    # A limit on the size of files (in KiB) stands in for a full disk: both fail in the middle of a write.
-    limited = ["bash", "-c", 'ulimit -f 2; exec "$@"', "bash"]
+@pytest.mark.parametrize("kibibytes", [2, 10])  # in genes.tsv, and in the middle of an array
+def test_full_output_leaves_nothing(gmt, tmp_path, kibibytes):
+    # A limit on the size of files stands in for a full disk: both fail in the middle of a write.
+    limited = ["bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash"]
     command = [*limited, sys.executable, "-m", "tcc_jax.prepare", "--gmt", gmt, "--out", tmp_path / "new" / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert_one_line_error(done, tmp_path / "new" / "out", "File too large")
+    assert_one_line_error(done, tmp_path / "new" / "out", "cannot write")
     assert not (tmp_path / "new").exists()

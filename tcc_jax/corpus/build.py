@@ -12,15 +12,15 @@ from typing import Any, Literal
 import numpy as np
 
 from tcc_jax.corpus.gmt import find_gmt_files
-from tcc_jax.corpus.harmonise import MappedSets, map_sets, read_sets
+from tcc_jax.corpus.harmonise import MappedSets, map_sets, read_sets, report_lines
 from tcc_jax.corpus.similarity import Sets, near_duplicate_clusters, nearest, num_bands
 from tcc_jax.corpus.store import SPLITS, Corpus
 from tcc_jax.corpus.symbols import EMBEDDED_TABLE, SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, SPECIAL_SYMBOLS, Vocabulary
 from tcc_jax.files import embedded, sha256
-from tcc_jax.terminal import UserError, log, progress
+from tcc_jax.terminal import UserError, log, log_lines, progress
 
-# Clusters are made at this Jaccard even where `max_jaccard` is lower: below it MinHash would have to check nearly all
+# Clusters are made at this Jaccard even where `split_jaccard` is lower: below it MinHash would have to check nearly all
 # pairs. The exact comparison with validation and test that follows keeps the promise at any limit.
 _CLUSTER_JACCARD = 0.5
 _LARGEST_CLUSTER = 0.005
@@ -39,9 +39,10 @@ class BuildOptions:
     min_mapped: float = 0.9
     """Drop sets of which a smaller share of genes maps to HGNC."""
     holdout: tuple[Path, ...] = ()
-    """GMT files whose sets, and every set near one of them, are kept out of the corpus."""
+    """GMT files whose sets, and every set near one of them, are kept out of the corpus; compared on all genes that map,
+    and again on those that the corpus keeps."""
     max_jaccard: float = 0.5
-    """Jaccard from which two sets are near-duplicates, for the hold-out and between splits."""
+    """Jaccard to a held-out set from which a set is dropped."""
     min_sets_per_gene: int = 6
     """Drop genes that occur in fewer sets."""
     min_genes: int = 5
@@ -50,6 +51,8 @@ class BuildOptions:
     """How test sets are chosen: whole clusters at random, whole libraries, or the last sets in file order."""
     test_library: tuple[str, ...] = ()
     """Libraries that form the test split, with --split library."""
+    split_jaccard: float = 0.5
+    """Jaccard from which two sets are near-duplicates, which never lie on two sides of the split."""
     drop_near_duplicates: bool = False
     """With --split tail, also drop training sets near a validation or test set; the other splits always do."""
     validation_share: float = 0.01
@@ -112,10 +115,12 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     files = find_gmt_files(gmt)
     table = SymbolTable.read(options.hgnc, options.case_insensitive)
     raw = read_sets(files)
+    problems = raw.problems
+    log_lines(problems.lines())
     _check_test_libraries(options, raw.libraries)
     read = _count("read", len(raw.sets), len(raw.symbols), len(raw.sets.tokens))
     mapped = map_sets(raw, table, options.min_mapped)
-    problems = raw.problems
+    log_lines(report_lines(mapped.report))
     del raw
     builder = _Builder(mapped)
     num_genes = len(mapped.genes)
@@ -150,8 +155,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     for index, name in enumerate(SPLITS):
         part = builder.sets.select(splits == index)
         builder.counts.append(_count(f"  {name}", len(part), len(np.unique(part.tokens)), len(part.tokens)))
-    if not (splits == TRAIN).any():
-        raise UserError("no training set is left after the split; give more sets or lower --test-share")
+    _check_splits(builder, splits, options)
     vocabulary, ids = _vocabulary(builder.sets, splits, mapped.genes, table)
     leak_report: dict[str, Any] = {"test": leaks}
     if held_out is not None:
@@ -186,18 +190,20 @@ def _count(step: str, sets: int, genes: int, mentions: int) -> dict[str, Any]:
 
 
 def _check(options: BuildOptions) -> None:
-    for name in ("min_mapped", "max_jaccard", "validation_share", "test_share"):
+    for name in ("min_mapped", "max_jaccard", "split_jaccard", "validation_share", "test_share"):
         if not 0 <= getattr(options, name) <= 1:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(options, name)}: must lie between 0 and 1")
-    if options.max_jaccard == 0:
-        raise UserError("--max-jaccard 0: would drop every set; it must be above 0")
+    if options.max_jaccard == 0 or options.split_jaccard == 0:
+        raise UserError("--max-jaccard and --split-jaccard: 0 would drop every set; they must be above 0")
     if options.validation_share + options.test_share >= 1:
         raise UserError("--validation-share and --test-share: together they must be under 1")
     if options.min_genes < 1 or options.min_sets_per_gene < 1:
         raise UserError("--min-genes and --min-sets-per-gene: must be at least 1")
     if (options.split == "library") != bool(options.test_library):
         raise UserError("--split library and --test-library NAME... go together; give both or neither")
+    if options.drop_near_duplicates and options.split != "tail":
+        raise UserError("--drop-near-duplicates: only for --split tail; the other splits always drop them")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must be 0 or more")
 
@@ -237,7 +243,13 @@ def _first_equal(sets: Sets, preferred: np.ndarray | None) -> np.ndarray:
 def _read_holdout(options: BuildOptions, table: SymbolTable, genes: list[str]) -> Sets | None:
     if not options.holdout:
         return None
-    mapped = map_sets(read_sets(find_gmt_files(options.holdout)), table, min_mapped=0.0)
+    raw = read_sets(find_gmt_files(options.holdout))
+    mapped = map_sets(raw, table, min_mapped=0.0)
+    names = ", ".join(str(path) for path in options.holdout)
+    log_lines(f"held out: {line}" for line in (*raw.problems.lines(), *report_lines(mapped.report)))
+    log(f"held out: {len(mapped.sets):,} of the {len(raw.sets):,} sets in {names} have genes that map to HGNC")
+    if not len(mapped.sets):
+        raise UserError(f"--holdout {names}: no gene in it maps to HGNC, so nothing would be held out")
     # Genes the corpus lacks count in the union, so they get numbers past its own.
     number = {gene: index for index, gene in enumerate(genes)}
     for gene in mapped.genes:
@@ -255,7 +267,7 @@ def _hold_out(builder: _Builder, held_out: Sets, num_genes: int, limit: float) -
 def _cluster(sets: Sets, num_genes: int, options: BuildOptions) -> tuple[np.ndarray, dict[str, int]]:
     if options.split == "tail":
         return np.arange(len(sets)), {}
-    limit = max(options.max_jaccard, _CLUSTER_JACCARD)
+    limit = max(options.split_jaccard, _CLUSTER_JACCARD)
     with progress("looking for near-duplicates", total=num_bands(limit)[0]) as advance:
         clusters = near_duplicate_clusters(sets, num_genes, limit, options.seed, advance)
     sizes, clusters_of_size = np.unique(np.bincount(clusters), return_counts=True)
@@ -281,13 +293,37 @@ def _split(builder: _Builder, clusters: np.ndarray, options: BuildOptions) -> np
         num_test = 0
     sizes = np.bincount(clusters)
     eligible &= sizes[clusters] <= max(1, _LARGEST_CLUSTER * count)
-    candidates = np.random.default_rng(options.seed).permutation(np.unique(clusters[eligible]))
-    reached = np.cumsum(sizes[candidates])
-    for_test = candidates[reached <= num_test]
-    rest = candidates[reached > num_test]
-    splits[np.isin(clusters, for_test)] = TEST
-    splits[np.isin(clusters, rest[np.cumsum(sizes[rest]) <= num_validation])] = VALIDATION
+    candidates = np.random.default_rng(options.seed).permutation(np.unique(clusters[eligible])).tolist()
+    for split, room in ((TEST, num_test), (VALIDATION, num_validation)):
+        chosen = _fill(candidates, sizes, room)
+        splits[np.isin(clusters, list(chosen))] = split
+        candidates = [cluster for cluster in candidates if cluster not in chosen]
     return splits
+
+
+def _fill(clusters: list[int], sizes: np.ndarray, room: int) -> set[int]:
+    chosen = set()
+    for cluster in clusters:
+        if sizes[cluster] <= room:
+            chosen.add(cluster)
+            room -= sizes[cluster]
+        if not room:
+            break
+    return chosen
+
+
+def _check_splits(builder: _Builder, splits: np.ndarray, options: BuildOptions) -> None:
+    tested = {builder.mapped.libraries[index] for index in builder.origin[splits == TEST].tolist()}
+    for name in options.test_library:
+        if name not in tested:
+            raise UserError(f"--test-library {name}: none of its sets is left to test on; see the counts of each step")
+    shares = {TRAIN: 1.0, VALIDATION: options.validation_share, TEST: options.test_share}
+    for split, share in shares.items():
+        if share and not (splits == split).any():
+            raise UserError(
+                f"no {SPLITS[split]} set is left: there are too few sets, or too many near-duplicates of one another; "
+                "give more sets, or do without a split with --validation-share 0 or --test-share 0"
+            )
 
 
 def _drop_leaks(
@@ -301,7 +337,7 @@ def _drop_leaks(
             targets = np.flatnonzero(np.isin(splits, others) & kept)
             queries = sets.select((splits == held) & kept)
             with progress(f"comparing the {SPLITS[held]} sets", total=len(queries)) as advance:
-                found = nearest(queries, _take(sets, targets), num_genes, options.max_jaccard, advance)
+                found = nearest(queries, _take(sets, targets), num_genes, options.split_jaccard, advance)
             kept[targets[found.target_over]] = False
     return kept, _leaks(sets.select(splits == TEST), sets.select((splits == TRAIN) & kept), num_genes)
 
@@ -316,7 +352,7 @@ def _leaks(queries: Sets, training: Sets, num_genes: int) -> dict[str, Any]:
     size = max(num_genes, int(queries.tokens.max(initial=0)) + 1)
     with progress("leak report", total=len(queries)) as advance:
         best = nearest(queries, training, size, 1.0, advance).query
-    levels = {f"{level:g}": int(np.count_nonzero(best >= np.float32(level))) for level in _LEAK_LEVELS}
+    levels = {f"{level:g}": int(np.count_nonzero(best >= level)) for level in _LEAK_LEVELS}
     return {"sets": len(queries), "with_training_set_at_jaccard": levels}
 
 
@@ -353,22 +389,3 @@ _OPTION_NAMES = {field.name for field in dataclasses.fields(BuildOptions)}
 def _hgnc_source(options: BuildOptions) -> dict[str, str]:
     path = embedded(EMBEDDED_TABLE) if options.hgnc is None else options.hgnc
     return {"file": path.name, "sha256": sha256(path)}
-
-
-def log_summary(corpus: Corpus) -> None:
-    """Print on standard error what the preparation met: problems by line, symbols not mapped, dates, mouse sets."""
-    for kind, count in corpus.meta["problems"].items():
-        log(f"{kind}: {count:,} (first: {'; '.join(corpus.meta['problem_examples'][kind])})")
-    report = corpus.meta["harmonisation"]
-    for key, label in (("not_mapped", "most often not mapped"), ("ambiguous", "ambiguous, not mapped")):
-        if report[key]:
-            log(f"{label}: " + ", ".join(f"{entry['symbol']} ({entry['mentions']:,})" for entry in report[key]))
-    if report["dates"]:
-        log(
-            "spreadsheet dates: "
-            + ", ".join(f"{e['symbol']} -> {e['mapped_to'] or 'nothing'}" for e in report["dates"])
-        )
-    mouse = report["looks_like_mouse"]
-    if mouse["sets"]:
-        where = ", ".join(f"{library} ({count:,})" for library, count in mouse["libraries"].items())
-        log(f"sets that look like mouse: {mouse['sets']:,} in {where}; --case-insensitive would match them by name")

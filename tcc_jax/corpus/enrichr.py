@@ -12,6 +12,7 @@ import difflib
 import http.client
 import ipaddress
 import json
+import math
 import os
 import random
 import re
@@ -139,6 +140,10 @@ def download(
         _refuse_plain_http(url)
     if attempts < 1:
         raise UserError(f"--attempts {attempts}: must be at least 1")
+    if not 0 <= backoff_seconds < math.inf:
+        raise UserError(f"--backoff-seconds {backoff_seconds}: must be 0 or more")
+    if not 0 < timeout_seconds < math.inf:
+        raise UserError(f"--timeout-seconds {timeout_seconds}: must be more than 0")
     folder = _Folder(out, update, _Client(attempts, backoff_seconds, timeout_seconds, sleep))
     new_folders = [place for place in (out, *out.parents) if not place.exists()]
     done: list[Download] = []

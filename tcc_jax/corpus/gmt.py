@@ -19,7 +19,8 @@ from tcc_jax.files import open_binary
 from tcc_jax.terminal import UserError
 
 ENDINGS = (".gmt", ".gmt.gz", ".gmt.xz", ".txt", ".txt.gz", ".txt.xz")
-_WEIGHT = re.compile(r",\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_WEIGHT = re.compile(r",\s*[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf)$", re.IGNORECASE)
+_QUOTED = re.compile(r'^"([^"]*)"$')
 _EXAMPLES_SHOWN = 5
 
 
@@ -55,13 +56,16 @@ def find_gmt_files(paths: Sequence[str | Path]) -> list[Path]:
     """Return the GMT files named, and those in the folders named (not in their subfolders), sorted by name.
 
     Raises:
-        UserError: a path does not exist, a folder holds no GMT file, a file has another ending, or two files
-            would give libraries of the same name.
+        UserError: no path, one that does not exist, a folder without a GMT file, a file with another ending, or two
+            files that would give libraries of the same name.
     """
+    if not paths:
+        raise UserError("--gmt: no file given; name GMT files or folders of them")
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(file for file in path.iterdir() if _library(file) is not None and file.is_file())
+            found = [file for file in found if not file.name.startswith(".")]
             if not found:
                 raise UserError(f"{path}: no GMT file in this folder (looked for {', '.join(ENDINGS)})")
             files.extend(found)
@@ -82,9 +86,12 @@ def library_name(path: str | Path) -> str:
     """Return the library a GMT file holds: its name without the ending.
 
     Raises:
-        UserError: the ending is not one of `ENDINGS`.
+        UserError: the ending is not one of `ENDINGS`, or the name holds a tab or another character that cannot be
+            printed.
     """
     name = _library(Path(path))
+    if not Path(path).name.isprintable():
+        raise UserError(f"{str(path)!r}: a file name with characters that cannot be printed; rename it")
     if name is None:
         raise UserError(f"{path}: not a GMT file name; the ending must be one of {', '.join(ENDINGS)}")
     return name
@@ -158,18 +165,22 @@ class _Cleaner(dict[str, str]):
     def __missing__(self, raw: str) -> str:
         if len(self) > 2_000_000:
             self.clear()
-        self[raw] = symbol = _WEIGHT.sub("", raw.strip().strip('"')).strip()
+        self[raw] = symbol = _unquoted(_WEIGHT.sub("", _unquoted(raw)))
         return symbol
 
 
 _clean = _Cleaner()
 
 
+def _unquoted(text: str) -> str:
+    return _QUOTED.sub(r"\1", text.strip()).strip()
+
+
 def _parse(line: str, where: str, problems: Problems) -> GeneSet | None:
     if not line.strip():
         return None
     fields = line.split("\t")
-    name = fields[0].strip().strip('"')
+    name = _unquoted(fields[0])
     if len(fields) < 3:
         problems.add("lines with fewer than three columns", where)
         return None

@@ -64,7 +64,11 @@ def read_sets(files: Sequence[Path]) -> RawSets:
     with progress("reading GMT files", total=len(files)) as advance:
         for file in files:
             library = library_name(file)
+            seen: set[str] = set()
             for gene_set in read_gmt(file, problems):
+                if gene_set.name in seen:
+                    problems.add("set names repeated within a library", f"{file}: {gene_set.name}")
+                seen.add(gene_set.name)
                 tokens.extend([numbers[gene] for gene in gene_set.genes])
                 lengths.append(len(gene_set.genes))
                 names.append(gene_set.name)
@@ -102,6 +106,24 @@ def map_sets(raw: RawSets, table: SymbolTable, min_mapped: float) -> MappedSets:
         libraries=[library for library, keep in zip(raw.libraries, kept, strict=True) if keep],
         report=_report(raw, resolutions, mentions, looks_mouse),
     )
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Return `MappedSets.report` as lines for a user: symbols not mapped, dates, sets that look like mouse."""
+    lines = []
+    for key, label in (("not_mapped", "most often not mapped"), ("ambiguous", "ambiguous, so not mapped")):
+        if report[key]:
+            lines.append(f"{label}: " + ", ".join(f"{one['symbol']} ({one['mentions']:,})" for one in report[key]))
+    if report["dates"]:
+        dates = (f"{one['symbol']} -> {one['mapped_to'] or 'nothing'}" for one in report["dates"])
+        lines.append("spreadsheet dates: " + ", ".join(dates))
+    mouse = report["looks_like_mouse"]
+    if mouse["sets"]:
+        where = ", ".join(f"{library} ({count:,})" for library, count in mouse["libraries"].items())
+        lines.append(
+            f"sets that look like mouse: {mouse['sets']:,} in {where}; --case-insensitive matches them by name"
+        )
+    return lines
 
 
 def _unique_within(sets: Sets) -> Sets:

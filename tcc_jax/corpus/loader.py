@@ -5,9 +5,8 @@ Grain reads ahead in threads; the state of the loader is the step number.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -61,6 +60,7 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
         self._host_rows = slice(host * batch_rows // num_hosts, (host + 1) * batch_rows // num_hosts)
         self._seed, self._gene_order = seed, gene_order
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._slots_by_length = np.argsort(self.plan.slot_lengths, kind="stable")
 
     @property
@@ -87,17 +87,22 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             order, dealt = self._epoch(int(epoch))
             here = np.flatnonzero(epochs == epoch)
             planned = order[places[here]]
-            first, last = plan.row_starts[planned], plan.row_starts[planned + 1]
-            counts = last - first
-            slots = np.repeat(first - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
-            in_row = slots - np.repeat(first, counts)
-            self._fill(batch, np.repeat(here, counts), in_row, plan.slot_lengths[slots], dealt[slots], int(epoch))
+            first_slots = plan.row_starts[planned]
+            row, in_row = _ragged(plan.row_starts[planned + 1] - first_slots)
+            slots = first_slots[row] + in_row
+            self._fill(batch, here[row], in_row, plan.slot_lengths[slots], dealt[slots], int(epoch))
         return batch
 
-    # A source lives as long as its run, so the cache keeps nothing alive that should go.
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of the plan's rows, and the set dealt to each slot."""
+        epochs = self._epochs
+        if epoch not in epochs:
+            # A batch may reach over the end of an epoch, so two are kept. Threads replace the dict, never change it.
+            epochs = dict([*epochs.items(), (epoch, self._deal(epoch))][-2:])
+            self._epochs = epochs
+        return epochs[epoch]
+
+    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.Generator(np.random.Philox([self._seed, epoch]))
         order = random.permutation(self.plan.num_rows)
         shuffled = random.permutation(len(self._sets))
@@ -110,38 +115,35 @@ class BatchSource(grain.sources.RandomAccessDataSource):
     ) -> None:
         offsets = self._corpus.offsets
         set_starts, gene_counts = offsets[sets], offsets[sets + 1] - offsets[sets]
-        genes, owner, place = self._ordered_genes(sets, set_starts, gene_counts, epoch)
         whole = gene_counts + 2 <= lengths
         kept_counts = np.where(whole, gene_counts, lengths - 1)
-        kept = place < kept_counts[owner]
-        genes, owner, place = genes[kept], owner[kept], place[kept]
+        genes, owner, place = self._drawn_genes(set_starts, gene_counts, kept_counts, epoch)
 
         # Segments of a row follow one another: a start is the sum of the lengths before it in its row.
-        before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        before = np.cumsum(lengths) - lengths
         starts = before - before[np.flatnonzero(in_row == 0)[np.cumsum(in_row == 0) - 1]]
         batch["tokens"][rows, starts] = START
         batch["tokens"][rows[owner], starts[owner] + 1 + place] = genes
         batch["tokens"][rows[whole], (starts + gene_counts + 1)[whole]] = END
-        within = np.arange(lengths.sum()) - np.repeat(before, lengths)
-        batch["segments"][np.repeat(rows, lengths), np.repeat(starts, lengths) + within] = np.repeat(
-            in_row + 1, lengths
-        )
+        segment, within = _ragged(lengths)
+        batch["segments"][rows[segment], starts[segment] + within] = in_row[segment] + 1
         batch["starts"][rows, in_row] = starts
         batch["gene_counts"][rows, in_row] = kept_counts
 
-    def _ordered_genes(
-        self, sets: np.ndarray, set_starts: np.ndarray, gene_counts: np.ndarray, epoch: int
+    def _drawn_genes(
+        self, set_starts: np.ndarray, gene_counts: np.ndarray, kept_counts: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the genes of the sets, flat; which of the sets each belongs to; and its place in the set's order."""
-        owner = np.repeat(np.arange(len(sets)), gene_counts)
-        before = np.concatenate([[0], np.cumsum(gene_counts)[:-1]])
-        place = np.arange(len(owner)) - before[owner]
+        """Draw `kept_counts` genes of each set: return them flat, with the set each belongs to and its place there."""
+        owner, place = _ragged(gene_counts)
         flat = set_starts[owner] + place
-        if self._gene_order == "shuffled":
-            keys = _hash(np.uint64(self._seed), np.uint64(epoch), flat.astype(np.uint64))
-            # Owner in the high bits: one sort of 64-bit integers shuffles every set within itself.
-            keys = (owner.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24))
-            flat = flat[np.argsort(keys)]
+        keys = _hash(np.uint64(self._seed), np.uint64(epoch), flat.astype(np.uint64))
+        # Owner in the high bits: one sort of 64-bit integers shuffles every set within itself. Stable, so that a tie
+        # of two keys is broken alike wherever the set lies.
+        keys = (owner.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24))
+        flat = flat[np.argsort(keys, kind="stable")][place < kept_counts[owner]]
+        owner, place = _ragged(kept_counts)
+        if self._gene_order == "file":
+            flat = flat[np.lexsort((flat, owner))]
         return self._corpus.tokens[flat], owner, place
 
 
@@ -154,11 +156,6 @@ class Loader:
         self._start_step = start_step
 
     @property
-    def num_rows(self) -> int:
-        """Rows in an epoch."""
-        return self.source.plan.num_rows
-
-    @property
     def steps_per_epoch(self) -> float:
         """Steps in which every set is seen once."""
         return self.source.steps_per_epoch
@@ -169,36 +166,19 @@ class Loader:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def make_loader(
-    corpus: Corpus,
-    split: Split,
-    *,
-    row_length: int,
-    batch_rows: int,
-    segments_per_row: int,
-    seed: int,
-    gene_order: Literal["shuffled", "file"] = "shuffled",
-    start_step: int = 0,
-    num_hosts: int = 1,
-    host: int = 0,
-) -> Loader:
-    """Return the batches of a split from `start_step` on; see `BatchSource` for what a batch holds.
+def make_loader(corpus: Corpus, split: Split, *, start_step: int = 0, **settings: Any) -> Loader:
+    """Return the batches of a split from `start_step` on; `settings` are those of `BatchSource`.
 
     Raises:
         UserError: the split is empty, or the rows cannot be divided among the hosts.
     """
-    source = BatchSource(
-        corpus,
-        split,
-        row_length=row_length,
-        batch_rows=batch_rows,
-        segments_per_row=segments_per_row,
-        seed=seed,
-        gene_order=gene_order,
-        num_hosts=num_hosts,
-        host=host,
-    )
-    return Loader(source, start_step)
+    return Loader(BatchSource(corpus, split, **settings), start_step)
+
+
+def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for parts of `counts` items laid end to end, the part of each item and its place in it."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _hash(seed: np.uint64, epoch: np.uint64, values: np.ndarray) -> np.ndarray:

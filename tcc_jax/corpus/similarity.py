@@ -67,7 +67,7 @@ class Nearest:
     """The most alike pairs between queries and targets.
 
     Attributes:
-        query: [queries] float32, the largest Jaccard of each query to any target.
+        query: [queries] float64, the largest Jaccard of each query to any target.
         target_over: [targets] bool, whether a target reaches the limit with any query.
     """
 
@@ -87,9 +87,9 @@ def nearest(
         limit: Jaccard from which a target counts as over.
         advance: told the number of queries just done.
 
-    Memory: a block of 64 x len(targets) numbers of 4 bytes, twice, beside the two incidence matrices.
+    Memory: beside the incidence matrices, a few numbers for each of 64 x len(targets) pairs that share a gene.
     """
-    best = np.zeros(len(queries), np.float32)
+    best = np.zeros(len(queries))
     over = np.zeros(len(targets), bool)
     if not len(queries) or not len(targets):
         return Nearest(best, over)
@@ -101,12 +101,9 @@ def nearest(
         sizes = np.repeat(query_lengths[start:stop], np.diff(shared.indptr))
         sizes += target_lengths[shared.indices]
         sizes -= shared.data
-        # float32 division of integers below 2^24 is correctly rounded, so shared = limit * union compares exactly
-        # for limits such as 0.5; others are compared in float64 below.
-        jaccard = shared.data / np.maximum(sizes, 1).astype(np.float32)
-        near = jaccard >= np.float32(limit) * np.float32(0.999)
-        exact = shared.data[near] >= limit * sizes[near].astype(np.float64)
-        over[shared.indices[near][exact]] = True
+        # A quotient is rounded as its limit was, so that 14 shared of 25 reach 0.56; the product 0.56 * 25 exceeds 14.
+        jaccard = shared.data / sizes
+        over[shared.indices[jaccard >= limit]] = True
         filled = np.diff(shared.indptr) > 0
         best[start:stop][filled] = np.maximum.reduceat(jaccard, shared.indptr[:-1][filled])
         advance(stop - start)
@@ -195,7 +192,7 @@ def _join(
     sets: Sets, lengths: np.ndarray, labels: np.ndarray, left: np.ndarray, right: np.ndarray, limit: float
 ) -> np.ndarray:
     small, large = np.minimum(lengths[left], lengths[right]), np.maximum(lengths[left], lengths[right])
-    possible = (labels[left] != labels[right]) & (small >= limit * large)
+    possible = (labels[left] != labels[right]) & (small / large >= limit)
     left, right = left[possible], right[possible]
     order = np.argsort(left, kind="stable")
     left, right = left[order], right[order]
@@ -219,6 +216,6 @@ def _jaccard_reaches(sets: Sets, lengths: np.ndarray, left: np.ndarray, right: n
         for pair in range(start, stop):
             other = right[pair]
             shared = np.count_nonzero(mark[sets.tokens[sets.offsets[other] : sets.offsets[other + 1]]])
-            result[pair] = shared >= limit * (lengths[first] + lengths[other] - shared)
+            result[pair] = shared / (lengths[first] + lengths[other] - shared) >= limit
         mark[genes] = False
     return result

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
+from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.files import sha256
 from tcc_jax.terminal import UserError
 
@@ -33,7 +33,7 @@ class Corpus:
         libraries: the library of each set.
         other_names: for each set, the `library/name` of exact duplicates that were collapsed into it.
         splits: [sets] uint8, index into `SPLITS`.
-        clusters: [sets] int64, near-duplicate cluster; sets of one cluster lie in one split.
+        clusters: [sets] int64, near-duplicate cluster; a random split keeps a cluster together.
         tokens: flat gene ids of all sets in file order, uint16 or uint32, memory-mapped.
         offsets: [sets + 1] int64; set i holds tokens[offsets[i] : offsets[i + 1]].
     """
@@ -89,7 +89,6 @@ def write_corpus(folder: Path, corpus: Corpus) -> None:
                 f"{name}\t{corpus.libraries[index]}\t{split}\t{lengths[index]}\t{corpus.clusters[index]}\t{others}\n"
             )
     dtype = np.uint16 if corpus.vocabulary.size <= 2**16 else np.uint32
-    # Not numpy.save on the open path alone: a full disk must raise here, not leave a short file.
     for name, array in (("tokens.npy", corpus.tokens.astype(dtype)), ("offsets.npy", corpus.offsets.astype(np.int64))):
         with open(folder / name, "wb") as binary:
             np.save(binary, array, allow_pickle=False)
@@ -160,6 +159,3 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _hash_of(meta: dict[str, Any]) -> str:
     body = {key: value for key, value in meta.items() if key != "corpus_hash"}
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-__all__ = ["FORMAT_VERSION", "NUM_SPECIAL", "SPLITS", "Corpus", "Split", "open_corpus", "write_corpus"]

@@ -78,8 +78,8 @@ class SymbolTable:
         self._ensembl: dict[str, set[str]] = {}
         self._entrez: dict[str, set[str]] = {}
         for row in rows:
-            # "Entry Withdrawn" and "Symbol Withdrawn" rows name nothing that is in use.
-            if "withdrawn" in row.get("status", "").lower() or not row["symbol"]:
+            # Withdrawn entries and symbols name nothing that is in use; some layouts say so in the symbol itself.
+            if "withdrawn" in row.get("status", "").lower() + row["symbol"].lower() or not row["symbol"]:
                 continue
             symbol = row["symbol"]
             self.hgnc_ids[symbol] = row.get("hgnc_id", "")
@@ -106,12 +106,12 @@ class SymbolTable:
         path = embedded(EMBEDDED_TABLE) if path is None else Path(path)
         try:
             with open_binary(path) as file:
-                lines = file.read().decode("utf-8-sig").splitlines()
+                lines = [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             raise UserError(f"{path}: cannot read the HGNC table: {error}") from None
-        header = lines[0].split("\t") if lines else []
+        header = lines[0].split("\t")
         columns = {}
         for key, names in _COLUMNS.items():
             found = [header.index(name) for name in names if name in header]
@@ -135,13 +135,14 @@ class SymbolTable:
         return self._cache[symbol]
 
     def _resolve(self, symbol: str) -> Resolution:
+        # No gene is called by a number, but a few have one as an alias (52 for SCARNA10; Entrez id 52 is ACP1).
+        if symbol.isdigit() and symbol in self._entrez:
+            return _only(self._entrez[symbol], "entrez")
         by_name = self._by_name(symbol)
         if by_name.how != "unknown":
             return by_name
         if match := _ENSEMBL.match(symbol):
             return _only(self._ensembl.get(match[1]), "ensembl")
-        if symbol.isdigit():
-            return _only(self._entrez.get(symbol), "entrez")
         if match := _DATE.match(symbol):
             return self._by_date(match)
         return by_name

@@ -61,12 +61,12 @@ class Vocabulary:
             UserError: the file is missing or not such a table; the message names the line.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the vocabulary is missing") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: not a text file; prepare the corpus again") from None
-        if not lines or tuple(lines[0].split("\t")) != HEADER:
+        if tuple(lines[0].split("\t")) != HEADER:
             raise UserError(f"{path}: line 1: expected the columns {', '.join(HEADER)}")
         symbols, hgnc_ids, counts = [], [], []
         for number, line in enumerate(lines[1:]):

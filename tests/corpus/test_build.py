@@ -70,12 +70,12 @@ def test_holdout_drops_exactly_what_reaches_the_limit(tmp_path):
     held = [(f"held {i}", genes) for i, (_, genes) in enumerate(random_sets(number=20, num_genes=60, seed=2))]
     held.append(("a copy", sets[7][1]))
     file = write_gmt_file(tmp_path / "held.gmt", held)
-    for limit in (0.3, 0.5, 1.0):
+    for limit in (0.28, 0.3, 0.5, 0.56, 1.0):
         corpus = build(tmp_path, sets, holdout=(file,), max_jaccard=limit, **OPEN)
         expected = [
             name
             for name, genes in sets
-            if all(len(set(genes) & set(h)) < limit * len(set(genes) | set(h)) for _, h in held)
+            if all(len(set(genes) & set(h)) / len(set(genes) | set(h)) < limit for _, h in held)
         ]
         assert corpus.names == expected
         assert count_of(corpus, "held-out")["sets"] == len(expected) < 400
@@ -172,15 +172,45 @@ def test_mouse_sets_and_dates_are_reported(tmp_path):
     assert corpus.names == ["mouse", "dates"]
 
 
+def test_a_hold_out_that_holds_nothing_out_is_an_error(tmp_path):
+    file = write_gmt_file(tmp_path / "mouse.gmt", [("m", ["Trp53", "Mdm2"])])
+    with pytest.raises(UserError, match="nothing would be held out"):
+        build(tmp_path, random_sets(number=60), holdout=(file,), **OPEN)
+
+
+def test_a_split_that_ends_empty_is_an_error(tmp_path):
+    genes = approved_symbols()[:30]
+    alike = [(f"s{i}", [gene for j, gene in enumerate(genes) if j != i]) for i in range(30)]
+    with pytest.raises(UserError, match="no validation set is left"):
+        build(tmp_path, alike)
+    mouse = write_gmt_file(tmp_path / "mouse.gmt", [("m", ["Trp53", "Mdm2"])])
+    with pytest.raises(UserError, match="--test-library mouse: none of its sets"):
+        build(tmp_path, random_sets(), more=[mouse], split="library", test_library=("mouse",))
+
+
+def test_limit_between_splits_is_its_own_setting(tmp_path):
+    sets = random_sets(number=300, num_genes=60, seed=4)
+    corpus = build(tmp_path, sets, split_jaccard=0.28, max_jaccard=0.9, min_sets_per_gene=1, test_share=0.1)
+    train, test = as_sets(corpus, "train"), as_sets(corpus, "test")
+    assert max(len(a & b) / len(a | b) for a in test for b in train) < 0.28
+
+
+def test_repeated_names_in_a_library_are_counted(tmp_path):
+    corpus = build(tmp_path, [("a", ["TP53", "MDM2"]), ("a", ["TP53", "BRCA1"])], **OPEN)
+    assert corpus.names == ["a", "a"]
+    assert corpus.meta["problems"] == {"set names repeated within a library": 1}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"min_mapped": 1.5}, "--min-mapped 1.5"),
-        ({"max_jaccard": 0.0}, "--max-jaccard 0"),
+        ({"max_jaccard": 0.0}, "must be above 0"),
         ({"validation_share": 0.5, "test_share": 0.5}, "under 1"),
         ({"split": "library"}, "go together"),
         ({"split": "library", "test_library": ("lab",)}, "the nearest is lib"),
         ({"seed": -1}, "--seed -1"),
+        ({"drop_near_duplicates": True}, "only for --split tail"),
         ({"min_genes": 10**6}, "no gene set is left"),
         ({"min_genes": 0}, "at least 1"),
     ],

@@ -14,6 +14,16 @@ def read(path, problems=None):
     return list(read_gmt(path, problems))
 
 
+def write(path, text="s\t\tA\n"):
+    path.write_text(text)
+    return path
+
+
+def test_quotes_come_off_in_pairs_and_weights_first(tmp_path):
+    path = write(tmp_path / "a.gmt", '"whole"\t\t"TP53",1.0\t"MDM2,2"\tATM,NaN\tATR,-inf\n"part" name\t\tA\n')
+    assert read(path) == [GeneSet("whole", "", ("TP53", "MDM2", "ATM", "ATR")), GeneSet('"part" name', "", ("A",))]
+
+
 def test_enrichr_dialect(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(
@@ -91,6 +101,12 @@ def test_finding_files(tmp_path):
     (tmp_path / "a.txt").write_text("s\t\tA\n")
     (tmp_path / "notes.md").write_text("")
     assert [file.name for file in find_gmt_files([tmp_path])] == ["a.txt", "b.gmt"]
+    (tmp_path / "._b.gmt").write_bytes(b"\0")  # macOS leaves such files beside those it copies
+    assert [file.name for file in find_gmt_files([tmp_path])] == ["a.txt", "b.gmt"]
+    with pytest.raises(UserError, match="no file given"):
+        find_gmt_files([])
+    with pytest.raises(UserError, match="cannot be printed"):
+        find_gmt_files([write(tmp_path / "ta\tb.gmt")])
     with pytest.raises(UserError, match="no such file"):
         find_gmt_files([tmp_path / "missing.gmt"])
     with pytest.raises(UserError, match="ending must be one of"):

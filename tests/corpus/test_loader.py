@@ -38,7 +38,6 @@ def segments_of(batch):
 
 
 def epoch_of_segments(source, epoch):
-    assert source.plan.num_rows % 1 == 0
     rows = range(epoch * source.plan.num_rows, (epoch + 1) * source.plan.num_rows)
     return [s for row in rows for s in segments_of(source[row])]
 
@@ -75,7 +74,7 @@ def test_orders_are_uniform(corpus):
     for epoch in range(2000):
         where = np.array([index])
         start, count = corpus.offsets[where], corpus.offsets[where + 1] - corpus.offsets[where]
-        firsts.append(int(source._ordered_genes(where, start, count, epoch)[0][0]))
+        firsts.append(int(source._drawn_genes(start, count, count, epoch)[0][0]))
     counts = np.array([firsts.count(gene) for gene in target])
     expected = 2000 / len(target)
     statistic = ((counts - expected) ** 2 / expected).sum()
@@ -115,6 +114,16 @@ def test_file_order(corpus):
     for segment in epoch_of_segments(source, 0):
         if segment[-1] == END:
             assert tuple(segment[1:-1].tolist()) in sets
+
+
+def test_long_sets_in_file_order_give_fresh_subsets(corpus):
+    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1}, gene_order="file")
+    long = {tuple(corpus.genes(index).tolist()) for index in corpus.indices("train") if corpus.lengths[index] > 30}
+    subsets = [{tuple(s[1:].tolist()) for s in epoch_of_segments(source, epoch) if s[-1] != END} for epoch in (0, 1)]
+    assert subsets[0] != subsets[1]
+    for subset in subsets[0] | subsets[1]:
+        # In the order of the file: the subset is what is left of its set when the others are struck out.
+        assert any(tuple(gene for gene in genes if gene in subset) == subset for genes in long)
 
 
 def test_errors(corpus, tmp_path):

@@ -48,6 +48,16 @@ def test_a_pair_exactly_at_the_limit_counts():
     assert nearest(first, rest, 9, 1 / 3).target_over.tolist() == [True, True]
 
 
+@pytest.mark.parametrize(("shared", "union", "limit"), [(14, 25, 0.56), (7, 25, 0.28), (11, 20, 0.55), (2, 3, 2 / 3)])
+def test_limits_without_an_exact_binary_fraction_are_exact(shared, union, limit):
+    # In floating point 0.56 * 25 exceeds 14: a comparison of products would let such a pair pass.
+    sets = make_sets([np.arange(shared), np.arange(union)])
+    mask = np.array([True, False])
+    assert nearest(sets.select(mask), sets.select(~mask), union, limit).target_over.tolist() == [True]
+    assert nearest(sets.select(mask), sets.select(~mask), union, limit + 1e-9).target_over.tolist() == [False]
+    assert near_duplicate_clusters(sets, union, limit, seed=0).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_clusters_are_the_components_of_all_pairs(seed):
     sets = families(seed)

@@ -85,6 +85,18 @@ def test_complete_set_layout(tmp_path, ending, compress):
     assert table.hgnc_ids == {"TP53": "HGNC:1"}
 
 
+def test_odd_lines_and_withdrawn_symbols_without_a_status(tmp_path):
+    path = tmp_path / "table.tsv"
+    path.write_text(
+        "symbol\tname\talias_symbol\tprev_symbol\tentrez_id\n"
+        "TP53\tp\u2028rotein\tP1\t\t7157\r\nOLD~withdrawn\t\tX1\t\t\nSCAR\t\t7157\t\t\n"
+    )
+    table = SymbolTable.read(path)
+    assert set(table.hgnc_ids) == {"TP53", "SCAR"}
+    assert table.resolve("P1").symbol == "TP53"
+    assert table.resolve("7157").how == "entrez"  # also an alias of SCAR: numbers are Entrez ids
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"a\tb\tc\n1\t2\t3\n", "not an HGNC table"), (b"", "not an HGNC table"), (b"\xff\xfe\x00", "cannot read")],
