@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "a corpus and a TOML file -> a run directory with checkpoints and metrics",
     "eval": "a checkpoint and gene sets -> completions of unseen sets, with statistics and baselines",
     "complete": "a checkpoint and some genes -> the genes that belong with them",
+    "export": "a checkpoint -> weights in safetensors, readable without Orbax or JAX",
     "download": "Enrichr libraries and the HGNC table -> a folder of GMT files",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import tomllib
 import types
 import typing
@@ -113,16 +113,30 @@ class TrainingConfig:
     """Steps between two evaluations of the validation loss; 0 turns them off."""
     eval_steps: int = 8
     """Batches in an evaluation of the validation loss, at most."""
+    recall_sets: int = 256
+    """Validation sets, at most, whose hidden genes are looked for at each evaluation; 0 turns the recall off."""
+    skips_before_stop: int = 10
+    """Updates in a row whose loss or gradient is not finite; each is skipped, and after so many the run stops."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save, what to keep, and what to start from."""
 
     every_steps: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    every_minutes: float = 15.0
+    """Minutes between two checkpoints, at most; 0 saves by steps alone."""
     keep: int = 3
     """Checkpoints kept, newest first."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for ever; 0 keeps none of them."""
+    keep_best: bool = True
+    """Save and keep the checkpoint with the best validation recall."""
+    resume: Literal["latest", "last-good"] = "latest"
+    """Go on from the latest checkpoint, or past damaged ones from the last good one. Also spelled --resume."""
+    init_from: str = ""
+    """A run, checkpoint or export whose weights a new run starts from. Also spelled --init-from."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,9 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# Short names on the command line, for what is asked for once and not written into a TOML file.
+_SHORT = {"--resume": "--checkpoint.resume", "--init-from": "--checkpoint.init-from"}
+
 # The smallest and largest value a field may take; the rest is checked by type alone.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**32 - 1),
@@ -176,18 +193,23 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "training.log_every": (1, 2**31),
     "training.eval_every": (0, 2**31),
     "training.eval_steps": (1, 2**31),
+    "training.recall_sets": (0, 2**31),
+    "training.skips_before_stop": (1, 2**31),
     "checkpoint.every_steps": (1, 2**31),
+    "checkpoint.every_minutes": (0, 1e6),
     "checkpoint.keep": (1, 10**6),
+    "checkpoint.keep_every": (0, 2**31),
     "mesh.data": (-1, 2**20),
 }
 
 
-def from_dict(values: dict[str, Any], source: str = "config") -> Config:
+def from_dict(values: dict[str, Any], source: str = "config", *, check: bool = True) -> Config:
     """Build a `Config` from nested dicts, as read from TOML or from a checkpoint.
 
     Args:
         values: section -> field -> value; what is left out takes its default.
         source: what the values came from, named in errors.
+        check: also `validate`; without, values may still be changed before they have to fit together.
 
     Raises:
         UserError: a key that does not exist (the nearest valid one is named), or a value of the wrong type or range.
@@ -198,7 +220,8 @@ def from_dict(values: dict[str, Any], source: str = "config") -> Config:
         sections[section.name] = _section(section_type, section.name, values.get(section.name, {}), source)
     for key in values:
         _known(key, list(sections), f"{source}: no section [{key}]")
-    return validate(Config(**sections), source)
+    config = Config(**sections)
+    return validate(config, source) if check else config
 
 
 def validate(config: Config, source: str = "config") -> Config:
@@ -206,7 +229,7 @@ def validate(config: Config, source: str = "config") -> Config:
     for key, (low, high) in _BOUNDS.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:
             raise UserError(f"{source}: {key} = {value}: must lie between {low:g} and {high:g}")
     if config.model.width % config.model.num_heads:
         raise UserError(
@@ -225,8 +248,8 @@ def validate(config: Config, source: str = "config") -> Config:
     return config
 
 
-def read_toml(path: str | Path) -> Config:
-    """Read a run's TOML file.
+def read_toml(path: str | Path, *, check: bool = True) -> Config:
+    """Read a run's TOML file; `check` as in `from_dict`.
 
     Raises:
         UserError: no such file, not TOML, or a wrong key, type or value; the message names it.
@@ -240,7 +263,7 @@ def read_toml(path: str | Path) -> Config:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    return from_dict(values, str(path))
+    return from_dict(values, str(path), check=check)
 
 
 def parse_command_line(arguments: list[str], command: str = "train") -> Config:
@@ -258,9 +281,15 @@ def parse_command_line(arguments: list[str], command: str = "train") -> Config:
     asks_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
     if not asks_for_help and (not arguments or arguments[0].startswith("-")):
         raise UserError(f"the first argument must be the TOML file of a run: {program} [--section.field value]")
-    config = Config() if asks_for_help else read_toml(arguments[0])
-    overrides = arguments if asks_for_help else arguments[1:]
-    return validate(parse_arguments(Config, overrides, default=config, prog=program), "command line")
+    config = Config() if asks_for_help else read_toml(arguments[0], check=False)
+    source = arguments[0] if len(arguments) == 1 else f"{arguments[0]} and the command line"
+    overrides = [_long_name(argument) for argument in (arguments if asks_for_help else arguments[1:])]
+    return validate(parse_arguments(Config, overrides, default=config, prog=program), source)
+
+
+def _long_name(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return _SHORT.get(name, name) + equals + value
 
 
 def _section(section_type: Any, section: str, values: Any, source: str) -> Any:
@@ -296,3 +325,5 @@ def _check_type(key: str, value: Any, expected: Any, source: str) -> None:
     accepted: tuple[type, ...] = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{source}: {key} = {value!r}: must be of type {expected.__name__}")
+    if expected is float and isinstance(value, int | float) and abs(value) > sys.float_info.max:
+        raise UserError(f"{source}: {key}: too large a number")

@@ -1,9 +1,13 @@
+import io
+import json
 import sys
+import types
 
 import pytest
 
 import tcc_jax
 from tcc_jax import complete as command
+from tcc_jax.corpus.store import open_corpus
 from tests.completion.tiny import make_corpus, make_run, write_hgnc
 
 
@@ -16,7 +20,9 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, folder, *arguments):
-    fixed = ["--checkpoint", str(folder / "run"), "--hgnc", str(folder / "hgnc.tsv")]
+    fixed = ["--hgnc", str(folder / "hgnc.tsv")]
+    if "--checkpoint" not in arguments:
+        fixed += ["--checkpoint", str(folder / "run")]
     monkeypatch.setattr(sys, "argv", ["complete", *fixed, *arguments])
     command.main()
 
@@ -31,8 +37,9 @@ def fails(monkeypatch, capsys, folder, *arguments):
 
 
 def test_a_table_of_proposals(folder, monkeypatch, capsys):
-    run(monkeypatch, folder, "G3", "G4", "--number", "7")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    run(monkeypatch, folder, "G3", "G4", "--number", "7", "--format", "table")
+    title, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert title == ["query:", "2", "visible", "genes"]
     assert rows[0] == ["rank", "gene", "probability"] and len(rows) == 2 + 7
     expected = tcc_jax.load(folder / "run").complete(["G3", "G4"], number=7)
     assert [row[1] for row in rows[2:]] == [one.symbol for one in expected]
@@ -48,7 +55,7 @@ def test_what_was_done_with_each_symbol(folder, monkeypatch, capsys):
         "TWO is ambiguous: several genes share that name; left out",
         "g5 is not in the vocabulary; the nearest: G5, G59, G58; left out",
     ]
-    assert len(shown.out.splitlines()) == 22
+    assert len(shown.out.splitlines()) == 21
 
 
 def test_no_known_gene(folder, monkeypatch, capsys):
@@ -58,7 +65,21 @@ def test_no_known_gene(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "no gene"), (["G1", "--number", "0"], "--number"), (["G1", "--number", "x"], "number")],
+    [
+        ([], "no gene"),
+        (["G1", "--number", "0"], "--number"),
+        (["G1", "--number", "x"], "number"),
+        (["G1", "--permutations", "0"], "--permutations"),
+        (["G1", "--decode", "sample", "--top-p", "2"], "top_p = 2.0"),
+        (["G1", "--seed", "-1"], "seed"),
+        (["G1", "-"], "standard input"),
+        (["G1", "--gmt", "a.gmt"], "choose one"),
+        (["--gmt", "nowhere.gmt"], "nowhere.gmt"),
+        (["G1", "--background", "nowhere.txt"], "nowhere.txt"),
+        (["G1", "--why", "--corpus", "nowhere"], "nowhere"),
+        (["G1", "--out", "nowhere/x.tsv"], "nowhere"),
+        ([f"G{index}" for index in range(60)], "no gene is left to propose"),
+    ],
 )
 def test_bad_options(folder, monkeypatch, capsys, arguments, message):
     assert message in fails(monkeypatch, capsys, folder, *arguments)
@@ -66,3 +87,117 @@ def test_bad_options(folder, monkeypatch, capsys, arguments, message):
 
 def test_a_missing_checkpoint(folder, monkeypatch, capsys):
     assert "nowhere" in fails(monkeypatch, capsys, folder, "G1", "--checkpoint", str(folder / "nowhere"))
+
+
+def give_input(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode())))
+
+
+GMT = "one/a\tfrom\tG1\tG2\tG2\n\nbad\tnone is known\tXX\tTWO\nshort\nempty\t\t\n two \t\tOLD1\tG9\tG99\n"
+
+
+def test_a_gmt_file_streams_and_one_bad_set_does_not_stop_the_rest(folder, monkeypatch, capsys):
+    (folder / "sets.gmt").write_text(GMT)
+    run(monkeypatch, folder, "--gmt", str(folder / "sets.gmt"), "--number", "3")
+    shown = capsys.readouterr()
+    header, *rows = [line.split("\t") for line in shown.out.splitlines()]
+    assert header == ["set", "rank", "gene", "probability"]
+    assert [row[:2] for row in rows] == [[name, str(rank)] for name in ("one/a", "two") for rank in (1, 2, 3)]
+    notes = shown.err.splitlines()
+    for text in (
+        "lines with fewer than three columns: 1",
+        "sets without genes: 1",
+        "genes repeated within a set: 1",
+        "OLD1 is G1 (previous)",
+        "XX is not in the vocabulary; left out",
+        "TWO is ambiguous",
+        "1 of 3 sets could not be completed:",
+        "  bad: no known gene",
+    ):
+        assert any(line.startswith(text) for line in notes), text
+
+
+def test_formats(folder, monkeypatch, capsys):
+    (folder / "sets.gmt").write_text(GMT)
+    fixed = ["--gmt", str(folder / "sets.gmt"), "--number", "3"]
+    run(monkeypatch, folder, *fixed)
+    tsv = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
+    run(monkeypatch, folder, *fixed, "--format", "gmt")
+    gmt = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in gmt] == ["one/a", "two"]
+    assert [gene for line in gmt for gene in line[2:]] == [row[2] for row in tsv]
+    run(monkeypatch, folder, *fixed, "--out", str(folder / "out.json"))
+    assert capsys.readouterr().out == ""
+    document = json.loads((folder / "out.json").read_text())
+    assert document["format_version"] == 1 and document["checkpoint"]["step"] == 7
+    one, bad, two = document["sets"]
+    assert (one["visible"], two["visible"]) == (["G1", "G2"], ["G1", "G9"])
+    assert bad["problem"] == "no known gene" and bad["proposals"] == [] and one["problem"] is None
+    assert {"written": "OLD1", "symbol": "G1", "how": "previous", "used": True} in two["symbols"]
+    assert two["notes"][0] == "OLD1 is G1 (previous)" and "G99" in two["notes"][1]
+    proposals = [proposal for record in document["sets"] for proposal in record["proposals"]]
+    assert [proposal["symbol"] for proposal in proposals] == [row[2] for row in tsv]
+
+
+def test_a_failed_output_leaves_nothing_behind(folder, monkeypatch, capsys, tmp_path):
+    fails(monkeypatch, capsys, folder, "XX", "--out", str(tmp_path / "x.tsv"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_input(folder, monkeypatch, capsys):
+    give_input(monkeypatch, "\nG3\nG4, G5\n")
+    run(monkeypatch, folder, "-", "--number", "4")
+    genes = [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert genes == [one.symbol for one in tcc_jax.load(folder / "run").complete(["G3", "G4", "G5"], number=4)]
+    give_input(monkeypatch, GMT)
+    run(monkeypatch, folder, "-", "--number", "2")
+    shown = capsys.readouterr()
+    assert [line.split("\t")[0] for line in shown.out.splitlines()] == ["set", "one/a", "one/a", "two", "two"]
+    assert "fewer than three columns: 1 (first: standard input:4)" in shown.err
+    give_input(monkeypatch, " \n")
+    assert "standard input is empty" in fails(monkeypatch, capsys, folder, "-")
+    give_input(monkeypatch, "one\ttwo\n")
+    assert "standard input: no usable gene set" in fails(monkeypatch, capsys, folder, "-")
+
+
+def test_sampling_and_background(folder, monkeypatch, capsys):
+    (folder / "background.txt").write_text("G7\nOLD1 G8\nXX\n")
+    arguments = ["G3", "--background", str(folder / "background.txt"), "--decode", "sample", "--seed", "3"]
+    run(monkeypatch, folder, *arguments)
+    shown = capsys.readouterr()
+    rows = [line.split("\t") for line in shown.out.splitlines()[1:]]
+    assert {row[2] for row in rows} == {"G1", "G7", "G8"}
+    assert sum(float(row[3]) for row in rows) == pytest.approx(1, rel=1e-4)
+    assert "background: 3 genes from 4 symbols" in shown.err
+    run(monkeypatch, folder, *arguments)
+    assert capsys.readouterr().out == shown.out
+
+
+def test_why(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, "G3", "G4", "--why", "--format", "json", "--number", "4")
+    proposals = json.loads(capsys.readouterr().out)["sets"][0]["proposals"]
+    corpus = open_corpus(folder / "corpus")
+    train = [set(corpus.genes(index).tolist()) for index in corpus.indices("train")]
+    visible = {corpus.vocabulary.ids["G3"], corpus.vocabulary.ids["G4"]}
+    for proposal in proposals:
+        id_ = corpus.vocabulary.ids[proposal["symbol"]]
+        holding = [genes for genes in train if id_ in genes and genes & visible]
+        expected = sorted((len(genes & visible) / len(genes | visible) for genes in holding), reverse=True)[:3]
+        assert [one["jaccard"] for one in proposal["training_sets"]] == pytest.approx(expected)
+        assert all(one["shared"] in (1, 2) and one["library"] == "lib" for one in proposal["training_sets"])
+    run(monkeypatch, folder, "G3", "--why")
+    assert "Jaccard" in capsys.readouterr().out
+
+
+def test_why_says_when_the_corpus_is_missing(folder, monkeypatch, capsys):
+    (folder / "corpus").rename(folder / "elsewhere")
+    try:
+        run(monkeypatch, folder, "G3", "--why")
+        shown = capsys.readouterr()
+        assert "--why is left out: the corpus" in shown.err and len(shown.out.splitlines()) == 21
+        run(monkeypatch, folder, "G3", "--why", "--corpus", str(folder / "elsewhere"))
+        assert "Jaccard" in capsys.readouterr().out
+    finally:
+        (folder / "elsewhere").rename(folder / "corpus")
+    make_corpus(folder / "other", prefix="H")
+    assert "another vocabulary" in fails(monkeypatch, capsys, folder, "G3", "--why", "--corpus", str(folder / "other"))

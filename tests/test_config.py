@@ -79,6 +79,8 @@ def test_the_command_line_changes_fields_of_the_file(tmp_path):
     assert (config.model.width, config.model.num_layers) == (96, 6)
     assert config.objective.frequency_bias is False
     assert config.run.directory == "here"
+    config = parse_command_line([path, "--resume", "last-good", "--init-from=old"])
+    assert (config.checkpoint.resume, config.checkpoint.init_from) == ("last-good", "old")
 
 
 @pytest.mark.parametrize(

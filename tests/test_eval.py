@@ -18,6 +18,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def cache(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
     command.main()
@@ -42,26 +47,112 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     out = folder / "deep/report"
     report = json.loads((out / "report.json").read_text())
     rows = read_table(out / "per_set.tsv")
-    assert report["format_version"] == 1 and report["checkpoint"]["step"] == STEP
-    assert report["sets_evaluated"] == len(rows) == 27 and report["skipped"] == []
+    assert report["format_version"] == 2 and report["checkpoint"]["step"] == STEP
+    assert report["sets_evaluated"] == 27 and len(rows) == 3 * 27 and report["skipped"] == []
     methods = {row["method"]: row for row in report["methods"]}
     assert list(methods) == ["model", "popularity", "random", "set-kNN"]
+    assert report["left_out"] == dict.fromkeys(["EASE", "auto-encoder"], "run with --baselines all")
     # Sets are drawn from families of 20 genes: neighbours know them, chance and popularity don't.
-    assert methods["set-kNN"]["recall"] > 0.25 > methods["random"]["recall"]
+    recalls = {name: row["metrics"]["recall"] for name, row in methods.items()}
+    assert recalls["set-kNN"]["mean"] > 0.25 > recalls["random"]["mean"]
     for name, prefix in (("model", ""), ("popularity", "popularity_"), ("set-kNN", "set_knn_")):
-        assert sum(int(row[f"{prefix}hits"]) for row in rows) == methods[name]["hits"]
-        assert sum(row[f"{prefix}significant"] == "yes" for row in rows) == methods[name]["significant"]
         recall = [int(row[f"{prefix}hits"]) / int(row["hidden"]) for row in rows]
-        np.testing.assert_allclose(np.mean(recall), methods[name]["recall"])
-        assert methods[name]["recall_low"] <= methods[name]["recall"] <= methods[name]["recall_high"]
+        np.testing.assert_allclose(np.mean(recall), recalls[name]["mean"], rtol=1e-6)
+        per_seed = [sum(row[f"{prefix}significant"] == "yes" for row in rows if row["seed"] == seed) for seed in "012"]
+        assert methods[name]["significant"]["per_seed"] == per_seed
+        assert recalls[name]["low"] <= recalls[name]["mean"] <= recalls[name]["high"]
     lines = [line.split("\t") for line in (out / "completions.gmt").read_text().splitlines()]
-    assert [line[0] for line in lines] == [row["name"] for row in rows]
+    assert [line[0] for line in lines] == [row["name"] for row in rows[:27]]
     assert {line[1] for line in lines} == {f"completed by tcc_jax step {STEP}"}
-    assert [len(line) - 2 for line in lines] == [int(row["hidden"]) for row in rows]
+    assert [len(line) - 2 for line in lines] == [int(row["hidden"]) for row in rows[:27]]
+    assert [row["baseline"] for row in report["comparisons"]] == ["popularity", "random", "set-kNN"]
+    assert report["leaks"]["sets"] == 27 and "nats_per_hidden_gene" in methods["model"]["metrics"]
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
-    shown = capsys.readouterr()
-    assert "popularity" in shown.out and "set-kNN" in shown.out
+    shown = capsys.readouterr().out
+    for word in ("popularity", "set-kNN", "EASE: left out, run with --baselines all", "leak report", "sets won"):
+        assert word in shown
+
+
+def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
+    arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--baselines", "all", "--autoencoder-steps", 3,
+                 "--ease-genes", 40, "--sweep", "--noise", "--limit", 9)  # fmt: skip
+    run(monkeypatch, *arguments, "--out", folder / "all")
+    report = json.loads((folder / "all/report.json").read_text())
+    names = ["model", "popularity", "random", "set-kNN", "EASE", "auto-encoder"]
+    assert [row["method"] for row in report["methods"]] == names and report["left_out"] == {}
+    assert report["sets_evaluated"] == 9
+    curves = report["curves"]
+    assert [row["share"] for row in curves["sweep"]][:: len(names)] == [0.05, 0.1, 0.2, 0.5, 0.8]
+    assert [row["share"] for row in curves["noise"]][:: len(names)] == [0, 0.2, 0.5]
+    # 20 % visible without false genes is the evaluation itself.
+    recall = [row["metrics"]["recall"]["mean"] for row in report["methods"]]
+    assert [row["recall"] for row in curves["noise"]][: len(names)] == recall
+    assert [row["recall"] for row in curves["sweep"]][2 * len(names) : 3 * len(names)] == recall
+    shown = capsys.readouterr().out
+    assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
+
+
+def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
+    monkeypatch.setattr("tcc_jax.completion.model.Model.prompt_limit", property(lambda self: 31))
+    (folder / "long.gmt").write_text("long\t\t" + "\t".join(f"G{index}" for index in range(60)) + "\n")
+    run(monkeypatch, "--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / "long.gmt",
+        "--out", folder / "long", "--visible", 0.9)  # fmt: skip
+    report = json.loads((folder / "long/report.json").read_text())
+    assert report["prompts_cut"] == 1
+    assert "1 sets show more than 31 genes: the model sees a random subset" in capsys.readouterr().out
+    # Six are left, and all of them are drawn: the genes that the model was not shown stay visible.
+    row = read_table(folder / "long/per_set.tsv")[0]
+    assert (row["visible"], row["hits"], row["drawn"]) == ("54", "6", "6")
+
+
+def tcc_files(folder, name):
+    sets = {"first": "G1 G2 NOPE G3 G4 G5", "nothing drawn": "G7 G8 G9", "unknown": "NOPE G3 G4 NOPE2"}
+    lines = [f"{set_name}\tTheLibrary\t" + "\t".join(genes.split()) for set_name, genes in sets.items()]
+    (folder / f"{name}.gmt").write_text("\n".join(lines) + "\n")
+    rows = [
+        "name\thits\tmissed\textra\tneither",
+        "first\t1\t2\t5\t92",
+        "nothing drawn\t0\t2\t0\t98",
+        "unknown\t3\t0\t4\t93",
+    ]
+    (folder / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    return ("--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / f"{name}.gmt",
+            "--protocol", "tcc", "--drawn-counts", folder / f"{name}.tsv", "--out", folder / name)  # fmt: skip
+
+
+@pytest.mark.parametrize(("drawn", "counts"), [("recorded", [6, 0, 7]), ("hidden", [3, 2, 3])])
+def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts):
+    arguments = tcc_files(folder, f"tcc-{drawn}")
+    run(monkeypatch, *arguments, "--drawn", drawn, "--library-from", "description")
+    out = folder / f"tcc-{drawn}"
+    report, rows = json.loads((out / "report.json").read_text()), read_table(out / "per_set.tsv")
+    assert [int(row["drawn"]) for row in rows] == counts and [int(row["hidden"]) for row in rows] == [3, 2, 3]
+    assert [int(row["visible"]) for row in rows] == [2, 1, 0] and {row["library"] for row in rows} == {"TheLibrary"}
+    if drawn == "recorded":
+        assert float(rows[1]["log10_p"]) == 0 and rows[1]["recall"] == "0"
+        assert "1 sets, for which the original drew nothing, have p = 1" in " ".join(report["notes"])
+    assert "universe of 100 is padded" in capsys.readouterr().out
+    completed = [line.split("\t") for line in (out / "completions.gmt").read_text().splitlines()]
+    assert [len(line) - 2 for line in completed] == [count for count in counts if count]
+
+
+def test_other_drawn_counts_are_refused(folder, monkeypatch, capsys):
+    arguments = tcc_files(folder, "wrong")
+    path = folder / "wrong.tsv"
+    path.write_text(path.read_text().replace("unknown", "other"))
+    assert f"{path}: line 4: set 'other'" in fails(monkeypatch, capsys, *arguments)
+    assert not (folder / "wrong").exists()
+
+
+def test_a_background_file(folder, monkeypatch):
+    (folder / "background.txt").write_text("\n".join(f"G{index}" for index in range(30)))
+    arguments = ("--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--out", folder / "background")
+    run(monkeypatch, *arguments, "--background", folder / "background.txt", "--seeds", 1)
+    report = json.loads((folder / "background/report.json").read_text())
+    assert report["genes_that_can_be_drawn"] == 30 and report["skipped"]
+    drawn = [line.split("\t")[2:] for line in (folder / "background/completions.gmt").read_text().splitlines()]
+    assert all(int(gene[1:]) < 30 for genes in drawn for gene in genes)
 
 
 def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsys):
@@ -71,6 +162,7 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
         ["one gene", "", "G1", "NOPE"],
         ["none", "", "NOPE", "NOPE2"],
         ["old, ambiguous, absent", "", "OLD1", "G2", "G3", "TWO", "G99", "NOPE", "G1"],
+        ["empty", "", ""],
         ["everything", "", *(f"G{index}" for index in range(60))],
     ]
     gmt = folder / "awkward.gmt"
@@ -78,7 +170,7 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     moved = (folder / "corpus").rename(folder / "elsewhere")
     try:
         run(monkeypatch, "--checkpoint", folder / "run/checkpoints" / str(STEP), "--gmt", gmt,
-            "--hgnc", folder / "hgnc.tsv", "--out", folder / "awkward", "--seed", 3)  # fmt: skip
+            "--hgnc", folder / "hgnc.tsv", "--out", folder / "awkward", "--seed", 3, "--seeds", 1)  # fmt: skip
     finally:
         moved.rename(folder / "corpus")
     report = json.loads((folder / "awkward/report.json").read_text())
@@ -88,19 +180,26 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     # OLD1 and G1 are one gene; TWO, G99 and NOPE are left out and counted.
     assert (rows[1]["visible"], rows[1]["hidden"], rows[1]["outside_vocabulary"]) == ("1", "2", "3")
     assert rows[2]["visible"] == "12" and rows[2]["hits"] == "48" and float(rows[2]["log10_p"]) == 0
-    assert "set-kNN" in report["left_out"] and [row["method"] for row in report["methods"]][-1] == "random"
+    assert list(report["left_out"]) == ["set-kNN", "EASE", "auto-encoder"] and report["leaks"] is None
+    assert [row["method"] for row in report["methods"]] == ["model", "popularity", "random"]
     symbols = report["source"]["symbols"]
     assert symbols["mentions"]["previous"] == 1 and symbols["mentions"]["ambiguous"] == 1
     assert symbols["not_mapped"]["most_frequent"] == {"NOPE": 3, "NOPE2": 1, "TWO": 1}
     assert symbols["not_in_vocabulary"]["most_frequent"] == {"G99": 1}
-    error = capsys.readouterr().err
-    assert "skipped awkward/none: 0 of its 2 genes in the vocabulary" in error and "set-kNN is left out" in error
+    # 12 of the 60 genes are shown, as many as fit; the whole vocabulary leaves nothing to be wrong about.
+    shown = capsys.readouterr()
+    assert "set-kNN: left out, the corpus" in shown.out and "the leak report are left out" in shown.out
+    assert shown.err.splitlines()[-4:-1] == [
+        f"sets without genes: 1 (first: {gmt}:5)",
+        "skipped awkward/one gene: 1 of its 2 genes in the vocabulary; 2 are needed",
+        "skipped awkward/none: 0 of its 2 genes in the vocabulary; 2 are needed",
+    ]
 
 
 def test_same_input_gives_the_same_bytes(folder, monkeypatch):
     for name in ("first", "second"):
         run(monkeypatch, "--checkpoint", folder / "run", "--out", folder / name, "--split", "validation")
-    for name in ("per_set.tsv", "completions.gmt"):
+    for name in ("per_set.tsv", "completions.gmt", "report.html"):
         assert (folder / "first" / name).read_bytes() == (folder / "second" / name).read_bytes()
     reports = [json.loads((folder / name / "report.json").read_text()) for name in ("first", "second")]
     assert reports[0]["methods"] == reports[1]["methods"]
@@ -115,7 +214,9 @@ def test_an_existing_folder_is_kept_unless_overwrite(folder, monkeypatch, capsys
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     monkeypatch.setattr("tcc_jax.completion.report.can_plot", lambda: False)
     run(monkeypatch, *arguments, "--overwrite")
-    assert sorted(file.name for file in out.iterdir()) == ["completions.gmt", "per_set.tsv", "report.json"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "completions.gmt", "per_set.tsv", "report.html", "report.json",
+    ]  # fmt: skip
     assert "matplotlib is not installed" in capsys.readouterr().err
 
 
@@ -137,6 +238,15 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--seed", "-1"], "--seed"),
         (["--corpus", "missing"], "missing"),
         (["--visible", "many"], "visible"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--ease-genes", "0"], "--ease-genes"),
+        (["--ease-penalty", "0"], "--ease-penalty"),
+        (["--autoencoder-steps", "0"], "--autoencoder-steps"),
+        (["--limit", "0"], "--limit"),
+        (["--background", "missing.txt"], "missing.txt"),
+        (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
+        (["--protocol", "tcc"], "--drawn-counts"),
+        (["--protocol", "tcc", "--gmt", "x.gmt", "--drawn-counts", "x.tsv", "--sweep"], "--sweep"),
     ],
 )
 def test_bad_options(folder, monkeypatch, capsys, arguments, message):

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from tcc_jax.completion.ranker import power_of_two, rank
+from tcc_jax.completion.ranker import Scorer, power_of_two, rank, row_bucket
+from tcc_jax.completion.sampler import Sampler, Sampling
 from tcc_jax.config import ModelConfig
-from tcc_jax.corpus.vocabulary import PAD, START, Vocabulary
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD, START, Vocabulary
 from tcc_jax.model.decoder import Params, merge
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import LoadedCheckpoint, read_checkpoint
 
 Symbols = list[str] | tuple[str, ...] | np.ndarray
+T = TypeVar("T")
 
 _SHORTEST_ROW = 16
 # Attention takes memory with rows x length^2, the output layer with rows x V: both are bounded here.
-_TOKENS_AT_ONCE = 8192
-_ROWS_AT_ONCE = 64
+_TOKENS_AT_ONCE, _PAIRS_AT_ONCE, _ROWS_AT_ONCE = 8192, 2**24, 64
+# Without a position code nothing but memory limits a prompt.
+_LONGEST_ROW = 4096
+# Sets read from a stream before the first of them is completed.
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,17 @@ class Proposal:
     probability: float
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, mesh: Mesh | None = None) -> Model:
     """Open a checkpoint for completion: a run directory, or one step inside it.
+
+    Args:
+        path: the checkpoint.
+        mesh: spreads the rows of a sampled batch over its axis `data`.
 
     Raises:
         UserError: the path holds no readable checkpoint.
     """
-    return Model(read_checkpoint(path))
+    return Model(read_checkpoint(path), mesh=mesh)
 
 
 class Model:
@@ -52,12 +64,18 @@ class Model:
 
     Attributes:
         checkpoint: what it was opened from: configuration, vocabulary, step.
-        seed: chooses the genes that are shown of a set too long for a row.
+        seed: chooses the genes that are shown of a set too long for a row, and the permutations of a prompt.
     """
 
-    def __init__(self, checkpoint: LoadedCheckpoint, seed: int = 0) -> None:
+    def __init__(self, checkpoint: LoadedCheckpoint, seed: int = 0, mesh: Mesh | None = None) -> None:
         self.checkpoint = checkpoint
         self.seed = seed
+        self._config = checkpoint.config.model
+        if jax.default_backend() == "cpu":
+            # A CPU has no fast products in bfloat16: float32 is nearer the parameters, and takes less time.
+            self._config = dataclasses.replace(self._config, matmul_dtype="float32")
+        self._row_length = checkpoint.config.training.row_length
+        self._mesh = mesh
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -66,47 +84,131 @@ class Model:
 
     @property
     def prompt_limit(self) -> int:
-        """Most genes a prompt can hold; of a longer one a seeded random subset of that many is shown to the model."""
-        return self.checkpoint.config.training.row_length - 1
+        """Most genes a prompt can hold; of a longer one a seeded random subset of that many is shown to the model.
+
+        With a position code it is what a row of the training held. Without one it does not depend on the training.
+        """
+        return self._longest_row - 1
 
     @overload
-    def complete(self, genes: Symbols, number: int = 20, skip_unknown: bool = False) -> list[Proposal]: ...
+    def complete(
+        self,
+        genes: Symbols,
+        number: int = 20,
+        skip_unknown: bool = False,
+        *,
+        permutations: int = 1,
+        background: Symbols | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[Proposal]: ...
     @overload
     def complete(
-        self, genes: Sequence[Symbols], number: int = 20, skip_unknown: bool = False
+        self,
+        genes: Sequence[Symbols],
+        number: int = 20,
+        skip_unknown: bool = False,
+        *,
+        permutations: int = 1,
+        background: Symbols | None = None,
+        sampling: Sampling | None = None,
     ) -> list[list[Proposal]]: ...
     def complete(
-        self, genes: Symbols | Sequence[Symbols], number: int = 20, skip_unknown: bool = False
+        self,
+        genes: Symbols | Sequence[Symbols],
+        number: int = 20,
+        skip_unknown: bool = False,
+        *,
+        permutations: int = 1,
+        background: Symbols | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Proposal] | list[list[Proposal]]:
-        """Propose the genes that belong with the given ones.
+        """Propose the genes that belong with the given ones: ranked from one forward pass, or drawn one by one.
 
         Args:
             genes: approved symbols (a list or a NumPy array), or a list of such lists. Duplicates count once.
-            number: genes to propose for each set; fewer come back where the vocabulary holds no more.
+            number: genes to propose for each set; fewer come back where there are no more.
             skip_unknown: leave out symbols that the vocabulary lacks, instead of raising.
+            permutations: average the log-probabilities over this many random orders of the given genes; 1 takes them
+                as they are given. For ranking only.
+            background: the only symbols that may be proposed; those the vocabulary lacks are left out.
+            sampling: draw each gene given those before (a joint draw) in this way, instead of ranking. What is drawn
+                for a set depends on the seed and its genes in their order, not on the other sets.
 
         Returns:
-            Proposals, most probable first, equal ones in the order of the vocabulary; for a list of lists one such
-            list for each. Probabilities are shares under the softmax over all genes but the given ones.
+            Proposals, most probable first and equal ones in the order of the vocabulary, or in the order drawn; for a
+            list of lists one such list for each. Probabilities, of drawn genes too, are shares under the softmax given
+            the given genes, over all candidates: the genes of the background (by default of the vocabulary) but those.
 
         Raises:
-            UserError: `number` under 1, no gene, none that is known, or an unknown symbol (the nearest ones are named).
+            UserError: `number` or `permutations` under 1, no gene, none that is known, or an unknown symbol (the
+                nearest ones are named).
         """
         if isinstance(genes, str):
             raise UserError(f"{genes!r}: pass a list of symbols, such as [{genes!r}]")
-        if number < 1:
-            raise UserError(f"number = {number}: must be at least 1")
+        for name, value in (("number", number), ("permutations", permutations)):
+            if value < 1:
+                raise UserError(f"{name} = {value}: must be at least 1")
+        candidates_V = None if background is None else self.background(background)
         single = len(genes) == 0 or isinstance(genes[0], str)
         prompts = [self._ids(symbols, skip_unknown) for symbols in ([genes] if single else genes)]  # type: ignore[arg-type]
-        drawn, probabilities = rank(self.score, prompts, [number] * len(prompts))
-        completions = [
-            [
-                Proposal(place, self.vocabulary.symbols[id_], float(probability))
-                for place, (id_, probability) in enumerate(zip(ids, shares, strict=True), start=1)
-            ]
-            for ids, shares in zip(drawn, probabilities, strict=True)
-        ]
+        queries = ((prompt, number) for prompt in prompts)
+        found = self.propose(queries, permutations=permutations, sampling=sampling, candidates_V=candidates_V)
+        completions = [self.records(ids, shares) for ids, shares in found]
         return completions[0] if single else completions
+
+    def propose(
+        self,
+        queries: Iterable[tuple[np.ndarray, int]],
+        *,
+        permutations: int = 1,
+        sampling: Sampling | None = None,
+        candidates_V: np.ndarray | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Complete a stream of sets of any number, in bounded memory.
+
+        With learned or rotary positions the prompt and what is sampled share a row of the training: a prompt that
+        leaves too little room is shown in part, at least half a row of it, and fewer genes may come back.
+
+        Args:
+            queries: for each set the ids of its visible genes, each once and at least one, and how many to propose.
+            permutations: orders of the prompt that are averaged (ranking only).
+            sampling: draw jointly in this way instead of ranking.
+            candidates_V: [V] bool, the genes that may be proposed; all unless given.
+
+        Yields:
+            For each set, in order: ids, int32, and probabilities, float32, as `rank` or `Sampler.draw` give them.
+        """
+        for window in batched(queries, WINDOW):
+            prompts, counts = [prompt for prompt, _ in window], [count for _, count in window]
+            if sampling is None:
+                ids, shares = rank(self.scorer(permutations), prompts, counts, candidates_V=candidates_V)
+            else:
+                shown, budgets = zip(*(self._fit_to_draw(prompt, count) for prompt, count in window), strict=True)
+                seeds = [_seed_of(prompt, sampling.seed) for prompt in prompts]
+                ids, shares = self._sampler.draw(shown, budgets, seeds, sampling, candidates_V, prompts)
+            yield from zip(ids, shares, strict=True)
+
+    def scorer(self, permutations: int = 1) -> Scorer:
+        """Return a scorer that averages log-probabilities over random permutations of the visible genes.
+
+        Args:
+            permutations: how many; 1 scores the genes in the order given. Which ones depends on the model's seed and
+                the set's own genes.
+        """
+        if permutations == 1:
+            return self.score
+
+        def average(visible: Sequence[np.ndarray]) -> jax.Array:
+            total_BV = jnp.zeros((len(visible), self.vocabulary.size), jnp.float32)
+            for number in range(permutations):
+                shuffled = [
+                    np.random.default_rng([_seed_of(prompt, self.seed), number]).permutation(prompt)
+                    for prompt in visible
+                ]
+                total_BV += jax.nn.log_softmax(self.score(shuffled))
+            return total_BV / permutations
+
+        return average
 
     def score(self, prompts: Sequence[np.ndarray]) -> jax.Array:
         """Score every id as the next gene of each set, from one forward pass over `<start>` and its visible genes.
@@ -117,21 +219,50 @@ class Model:
         Returns:
             [n, V] float32 logits on the default device, special ids included.
         """
-        prompts = [self._fit(prompt) for prompt in prompts]
-        config, parts = self.checkpoint.config, []
+        prompts = [self._fit(prompt, self.prompt_limit) for prompt in prompts]
+        parts = []
         # A row's length depends on its own prompt alone, so that its neighbours do not change its result.
         for length, group in itertools.groupby(prompts, key=self._bucket):
-            rows_at_once = max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // length))
-            for batch in _batches(group, rows_at_once):
-                tokens_BT = np.full((power_of_two(len(batch)), length), PAD, np.int32)
+            rows_at_once = max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // length, _PAIRS_AT_ONCE // length**2))
+            for batch in batched(group, rows_at_once):
+                tokens_BT = np.full((row_bucket(len(batch)), length), PAD, np.int32)
                 tokens_BT[:, 0] = START
                 for row, prompt in enumerate(batch):
                     tokens_BT[row, 1 : 1 + len(prompt)] = prompt
                 logits_BV = _last_logits(
-                    self.checkpoint.params, tokens_BT, config.model, self.vocabulary.size, config.training.row_length
+                    self.checkpoint.params, tokens_BT, self._config, self.vocabulary.size, self._row_length
                 )
                 parts.append(logits_BV[: len(batch)])
+        if len(parts) == 1:
+            return parts[0]
         return jnp.concatenate(parts) if parts else jnp.zeros((0, self.vocabulary.size), jnp.float32)
+
+    def background(self, symbols: Iterable[str]) -> np.ndarray:
+        """Return [V] bool: which genes a list of approved symbols allows.
+
+        Raises:
+            UserError: none of them is in the vocabulary.
+        """
+        candidates_V = np.zeros(self.vocabulary.size, bool)
+        candidates_V[[self.vocabulary.ids[symbol] for symbol in symbols if symbol in self.vocabulary.ids]] = True
+        if not candidates_V.any():
+            raise UserError("no gene of the background is in the model's vocabulary")
+        return candidates_V
+
+    def records(self, ids: np.ndarray, probabilities: np.ndarray) -> list[Proposal]:
+        """Return proposed ids as records, ranked in their order."""
+        return [
+            Proposal(place, self.vocabulary.symbols[id_], float(share))
+            for place, (id_, share) in enumerate(zip(ids, probabilities, strict=True), start=1)
+        ]
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.checkpoint.params, self._config, self.vocabulary.size, self._row_length, self._mesh)
+
+    @property
+    def _longest_row(self) -> int:
+        return max(self._row_length, _LONGEST_ROW) if self._config.position == "none" else self._row_length
 
     def _ids(self, symbols: Symbols, skip_unknown: bool) -> np.ndarray:
         ids = self.vocabulary.ids
@@ -143,14 +274,23 @@ class Model:
             raise UserError("no gene given; pass at least one symbol")
         return np.array(list(known), np.int32)
 
-    def _fit(self, prompt: np.ndarray) -> np.ndarray:
-        if len(prompt) <= self.prompt_limit:
+    def _fit(self, prompt: np.ndarray, limit: int) -> np.ndarray:
+        if len(prompt) <= limit:
             return prompt
-        chosen = np.random.default_rng([self.seed, len(prompt)]).choice(len(prompt), self.prompt_limit, replace=False)
+        chosen = np.random.default_rng([self.seed, len(prompt)]).choice(len(prompt), limit, replace=False)
         return prompt[np.sort(chosen)]
 
+    def _fit_to_draw(self, prompt: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+        # More than the genes that are left can't be drawn; a larger budget would only take memory.
+        count = min(count, self.vocabulary.size - NUM_SPECIAL - len(prompt))
+        if self._config.position == "none":
+            return self._fit(prompt, self.prompt_limit), count
+        room = self._row_length - 1
+        shown = min(len(prompt), max(room - count, room // 2))
+        return self._fit(prompt, shown), min(count, room - shown)
+
     def _bucket(self, prompt: np.ndarray) -> int:
-        return min(max(power_of_two(len(prompt) + 1), _SHORTEST_ROW), self.checkpoint.config.training.row_length)
+        return min(max(power_of_two(len(prompt) + 1), _SHORTEST_ROW), self._longest_row)
 
 
 def unknown_gene(symbol: str, vocabulary: Vocabulary) -> str:
@@ -160,10 +300,15 @@ def unknown_gene(symbol: str, vocabulary: Vocabulary) -> str:
     return "not in the vocabulary" + (f"; the nearest: {', '.join(nearest)}" if nearest else "")
 
 
-def _batches(items: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarray]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`, the last one shorter, reading no further than the list at hand."""
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _seed_of(prompt: np.ndarray, seed: int) -> int:
+    return zlib.crc32(np.asarray(prompt, np.int64).tobytes(), seed)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -1,19 +1,22 @@
-"""The protocol of an evaluation: hide most of each set, draw as many genes as were hidden, test the overlap."""
+"""What an evaluation hides: which genes of a set are visible, which are to be found, and the table they are tested in.
+
+The default protocol hides a random 80 %; the protocol of the TCC experiment hides the last genes of each line.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from tcc_jax.completion.overlap import benjamini_hochberg, log_fisher_greater
-from tcc_jax.completion.ranker import Scorer, rank
-from tcc_jax.completion.sets import KnownSet
+from tcc_jax.completion.sets import OUTSIDE, KnownSet
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.terminal import UserError
 
-_RESAMPLES = 2000
+COUNT_COLUMNS = ("name", "hits", "missed", "extra", "neither")
+_FALSE_GENES = 1
 
 
 @dataclass(frozen=True)
@@ -23,99 +26,194 @@ class MaskedSet:
     Attributes:
         name: the set's name.
         library: the library it comes from.
-        outside: genes of the set that are not in the vocabulary; they are neither visible nor hidden.
-        visible: int32 ids shown to the model, in random order.
-        hidden: int32 ids to be found.
+        place: the set's index among those that were read.
+        outside: genes of the set that are neither shown nor found: not in the vocabulary, or not in the background.
+        visible: int32 ids shown to the model.
+        hidden: int32 ids to be found, none of them visible.
+        hidden_count: hidden genes in the statistics; with the TCC protocol also those that are not in the vocabulary.
+        drawn_count: genes to draw.
+        universe: genes in the statistics.
     """
 
     name: str
     library: str
+    place: int
     outside: int
     visible: np.ndarray
     hidden: np.ndarray
+    hidden_count: int
+    drawn_count: int
+    universe: int
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one method drew, and how well it overlaps with the hidden genes; arrays have one value a set.
+class DrawnCounts:
+    """One line of a table of drawn counts: the 2 x 2 table of a published completion."""
 
-    Attributes:
-        method: its name.
-        drawn: int32 ids drawn, best first.
-        hits: int64, drawn genes that are hidden genes.
-        recall: float64, hits over hidden genes.
-        log_p: float64, natural log of the one-sided Fisher p.
-        log_adjusted_p: float64, the same after Benjamini-Hochberg over all sets.
-    """
+    name: str
+    hidden: int
+    drawn: int
+    universe: int
+    line: int
 
-    method: str
-    drawn: list[np.ndarray]
-    hits: np.ndarray
-    recall: np.ndarray
-    log_p: np.ndarray
-    log_adjusted_p: np.ndarray
 
-    def significant(self, alpha: float) -> np.ndarray:
-        """Return [sets] bool: adjusted p at most `alpha`."""
-        return self.log_adjusted_p <= math.log(alpha)
+Skipped = tuple[KnownSet, str]
 
 
 def mask_sets(
-    sets: Sequence[KnownSet], visible_share: float = 0.2, seed: int = 0
-) -> tuple[list[MaskedSet], list[tuple[KnownSet, str]]]:
-    """Hide genes of each set.
+    sets: Sequence[KnownSet],
+    candidates_V: np.ndarray,
+    visible_share: float = 0.2,
+    seed: int = 0,
+    false_share: float = 0.0,
+) -> tuple[list[MaskedSet], list[Skipped]]:
+    """Hide genes of each set at random.
 
-    Of the L genes in the vocabulary max(1, round(visible_share x L)) stay visible, at least one is hidden. Which ones
-    depends on the seed and the set's place in `sets`, not on the other sets.
+    Of the L genes that are candidates max(1, round(visible_share x L)) stay visible, at least one is hidden. Which ones
+    depends on the seed and the set's place in `sets`, not on the other sets. As many genes are to be drawn as are
+    hidden; the universe is the candidates that are not visible: whatever could be drawn.
+
+    Args:
+        sets: what to mask.
+        candidates_V: [V] bool, the ids that may be shown and drawn: `genes_of` a vocabulary, or a background.
+        visible_share: share of a set that stays visible.
+        seed: chooses what is visible, and the false genes.
+        false_share: share of the prompt that is made of candidates that are not in the set, beside the visible ones.
 
     Returns:
         The masked sets in order, and the sets that can't be evaluated, each with the reason.
     """
     masked, skipped = [], []
-    for index, known in enumerate(sets):
-        length = len(known.ids)
+    candidates = np.flatnonzero(candidates_V)
+    for place, known in enumerate(sets):
+        ids = known.ids[candidates_V[known.ids]]
+        length, outside = len(ids), known.outside + len(known.ids) - len(ids)
         if length < 2:
-            reason = f"{length} of its {length + known.outside} genes in the vocabulary; 2 are needed"
-            skipped.append((known, reason))
+            where = "the vocabulary" if len(ids) == len(known.ids) else "the background"
+            skipped.append((known, f"{length} of its {length + outside} genes in {where}; 2 are needed"))
             continue
-        order = np.random.default_rng([seed, index]).permutation(known.ids)
+        order = np.random.default_rng([seed, place]).permutation(ids)
         cut = min(max(1, round(visible_share * length)), length - 1)
-        masked.append(MaskedSet(known.name, known.library, known.outside, order[:cut], order[cut:]))
+        visible, hidden = order[:cut], order[cut:]
+        if false_share:
+            others = np.setdiff1d(candidates, ids)
+            number = min(round(false_share / (1 - false_share) * cut), len(others))
+            random = np.random.default_rng([seed, place, _FALSE_GENES])
+            # Mixed in, not appended: a model that looks at the order must not tell them by their place.
+            false = random.choice(others, number, replace=False)
+            visible = random.permutation(np.concatenate([visible, false])).astype(np.int32)
+        count = len(hidden)
+        universe = len(candidates) - len(visible)
+        masked.append(
+            MaskedSet(known.name, known.library, place, outside, visible, hidden, count, count, universe)
+        )  # fmt: skip
     return masked, skipped
 
 
-def run_method(
-    method: str,
-    scorer: Scorer,
-    sets: Sequence[MaskedSet],
-    num_genes: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Outcome:
-    """Complete every set with one method and test the overlap.
+def mask_last_genes(
+    sets: Sequence[KnownSet], counts: Sequence[DrawnCounts], draw_hidden: bool, num_candidates: int
+) -> list[MaskedSet]:
+    """Hide the last genes of each line, as many as the TCC experiment hid.
 
-    As many genes are drawn as were hidden. The universe of the test is the vocabulary's genes minus the visible ones:
-    whatever could have been drawn.
+    K, the hidden count, is the recorded hits + missed; the last K symbols of the line are hidden, those before are
+    visible; the universe is the recorded total. Hidden genes outside the vocabulary, and those that are visible under
+    another symbol, can't be drawn and count as missed. A symbol that stands twice on a line counts once: so did the
+    original, by its recorded counts. No set is left out: one whose visible genes are all unknown gets an empty prompt.
 
     Args:
-        method: name in reports.
-        scorer: the model or a baseline.
-        sets: what to complete.
-        num_genes: genes in the vocabulary, special ids not counted.
-        advance: called with the number of sets just done.
+        sets: what to mask, with their lines.
+        counts: of the same sets, in the same order, from `read_drawn_counts`.
+        draw_hidden: draw as many genes as are hidden, instead of as many as the original drew.
+        num_candidates: genes of the vocabulary.
+
+    Raises:
+        UserError: a recorded count that the line or the vocabulary can't have.
     """
-    counts = [len(masked.hidden) for masked in sets]
-    drawn, _ = rank(scorer, [masked.visible for masked in sets], counts, advance)
-    hits = np.array([np.isin(ids, masked.hidden).sum() for ids, masked in zip(drawn, sets, strict=True)], np.int64)
-    hidden = np.array(counts, np.int64)
-    universe = num_genes - np.array([len(masked.visible) for masked in sets])
-    log_p = log_fisher_greater(*(jnp.asarray(x, jnp.int32) for x in (hits, hidden, hidden, universe)))
-    adjusted = benjamini_hochberg(log_p)
-    return Outcome(method, drawn, hits, hits / hidden, np.asarray(log_p, np.float64), np.asarray(adjusted, np.float64))
+    masked = []
+    for place, (known, count) in enumerate(zip(sets, counts, strict=True)):
+        cut = len(known.line) - count.hidden
+        if count.hidden < 1 or cut < 1:
+            raise UserError(
+                f"line {count.line} of the drawn counts: {count.hidden:,} hidden genes, but the set "
+                f"{known.name!r} has {len(known.line):,} genes; at least one must be hidden and one visible"
+            )
+        before, after = known.line[:cut], known.line[cut:]
+        visible = _unique(before[before != OUTSIDE])
+        hidden = np.setdiff1d(_unique(after[after != OUTSIDE]), visible)
+        drawn = count.hidden if draw_hidden else count.drawn
+        if drawn > num_candidates - len(visible):
+            raise UserError(
+                f"line {count.line} of the drawn counts: {drawn:,} drawn genes, more than the vocabulary has"
+            )
+        outside = int(np.count_nonzero(known.line == OUTSIDE))
+        masked.append(
+            MaskedSet(known.name, known.library, place, outside, visible, hidden, count.hidden, drawn, count.universe)
+        )
+    return masked
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean over sets (Efron 1979), 2,000 seeded resamples."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def read_drawn_counts(path: str | Path, sets: Sequence[KnownSet]) -> list[DrawnCounts]:
+    """Read the published 2 x 2 tables of the sets: a TSV file with the columns name, hits, missed, extra and neither.
+
+    Args:
+        path: the file; other columns are ignored.
+        sets: the sets it must list, in this order.
+
+    Raises:
+        UserError: no such file, other columns, a count that is no number, other sets or another order; the message
+            names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of drawn counts") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file of drawn counts") from None
+    header = lines[0].split("\t") if lines else []
+    missing = [column for column in COUNT_COLUMNS if column not in header]
+    if missing:
+        raise UserError(f"{path}: line 1: no column {missing[0]!r}; the columns {', '.join(COUNT_COLUMNS)} are needed")
+    columns = [header.index(column) for column in COUNT_COLUMNS]
+    counts = []
+    for number, line in enumerate(lines[1:], start=2):
+        fields = line.split("\t")
+        if len(fields) != len(header):
+            raise UserError(f"{path}: line {number}: {len(fields)} columns, the header has {len(header)}")
+        name, *numbers = (fields[column] for column in columns)
+        if not all(text.isascii() and text.isdigit() for text in numbers):
+            raise UserError(f"{path}: line {number}: {', '.join(COUNT_COLUMNS[1:])} must be whole numbers")
+        if number - 2 >= len(sets):
+            raise UserError(f"{path}: line {number}: set {name!r}, but the GMT files hold only {len(sets):,} sets")
+        if name != sets[number - 2].name:
+            raise UserError(
+                f"{path}: line {number}: set {name!r}, but the GMT files have {sets[number - 2].name!r} there; "
+                "both must list the same sets in the same order"
+            )
+        hits, missed, extra, neither = map(int, numbers)
+        counts.append(DrawnCounts(name, hits + missed, hits + extra, hits + missed + extra + neither, number))
+    if len(counts) < len(sets):
+        raise UserError(
+            f"{path}: line {len(lines) + 1}: ends after {len(counts):,} sets, the GMT files hold {len(sets):,}"
+        )
+    return counts
+
+
+def genes_of(num_ids: int) -> np.ndarray:
+    """Return [V] bool: the ids of a vocabulary that are genes, not special."""
+    return np.arange(num_ids) >= NUM_SPECIAL
+
+
+def rarest_third(counts_V: np.ndarray, sets: Sequence[KnownSet]) -> np.ndarray:
+    """Return [V] bool: the genes of a vocabulary that are as rare as the rarest third of the genes in the sets.
+
+    The third is of the different genes of these sets, by the number of training sets that hold them; a third of the
+    whole vocabulary would mostly be genes that no set to evaluate holds.
+    """
+    counts = np.sort(counts_V[np.unique(np.concatenate([one.ids for one in sets]))])
+    if len(counts) < 3:
+        return np.zeros(len(counts_V), bool)
+    return genes_of(len(counts_V)) & (counts_V <= counts[len(counts) // 3 - 1])
+
+
+def _unique(ids: np.ndarray) -> np.ndarray:
+    return np.array(list(dict.fromkeys(ids.tolist())), np.int32)

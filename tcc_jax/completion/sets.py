@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt
-from tcc_jax.corpus.store import Corpus, Split
+from tcc_jax.corpus.similarity import Sets, nearest
+from tcc_jax.corpus.store import SPLITS, Corpus, Split
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.terminal import UserError, log
 
+OUTSIDE = -1
+LibraryFrom = Literal["file", "description"]
 _NAMED, _NAMED_ON_SCREEN = 20, 5
 
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A set as far as the vocabulary knows it: int32 ids, each once, and how many of its genes are outside."""
+    """A set as far as the vocabulary knows it.
+
+    Attributes:
+        name: the set's name.
+        library: the library it comes from.
+        ids: int32 ids of its genes, each once, in file order.
+        outside: genes that are not in the vocabulary.
+        line: int32 ids of all symbols on the set's line, each symbol once, in file order; `OUTSIDE` for one that is not
+            in the vocabulary. Two symbols of one gene make its id appear twice. Empty for sets of a corpus.
+    """
 
     name: str
     library: str
     ids: np.ndarray
     outside: int = 0
+    line: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass
@@ -75,9 +89,15 @@ def find_gene(written: str, table: SymbolTable, vocabulary: Vocabulary) -> Found
 
 
 def sets_from_gmt(
-    paths: Sequence[str | Path], table: SymbolTable, vocabulary: Vocabulary
+    paths: Sequence[str | Path], table: SymbolTable, vocabulary: Vocabulary, library_from: LibraryFrom = "file"
 ) -> tuple[list[KnownSet], SymbolReport, Problems]:
     """Read GMT files or folders of them.
+
+    Args:
+        paths: GMT files and folders.
+        table: maps symbols as written to approved ones.
+        vocabulary: what the ids mean.
+        library_from: a set's library is the file's name, or its description (the file's name where that is empty).
 
     Returns:
         The sets in file order (also those without a known gene), what became of their symbols, and the lines that could
@@ -89,8 +109,9 @@ def sets_from_gmt(
     sets, report, problems = [], SymbolReport(), Problems()
     for path in find_gmt_files(paths):
         for gene_set in read_gmt(path, problems):
-            ids, outside = _known_ids(gene_set.genes, table, vocabulary, report)
-            sets.append(KnownSet(gene_set.name, library_name(path), ids, outside))
+            library = gene_set.description if library_from == "description" else ""
+            ids, outside, line = _known_ids(gene_set.genes, table, vocabulary, report)
+            sets.append(KnownSet(gene_set.name, library or library_name(path), ids, outside, line))
     return sets, report, problems
 
 
@@ -102,14 +123,76 @@ def sets_from_corpus(corpus: Corpus, split: Split) -> list[KnownSet]:
     ]
 
 
+def choose_sets(sets: list[KnownSet], limit: int | None, seed: int) -> list[KnownSet]:
+    """Return at most `limit` sets, chosen by the seed, in their order."""
+    if limit is None or len(sets) <= limit:
+        return sets
+    chosen = np.random.default_rng(seed).choice(len(sets), limit, replace=False)
+    return [sets[index] for index in np.sort(chosen)]
+
+
+def training_sets(corpus: Corpus) -> Sets:
+    """Return the training sets of a corpus as int32 ids, in memory: 4 bytes a mention."""
+    lengths = corpus.lengths
+    chosen = corpus.splits == SPLITS.index("train")
+    offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
+    return Sets(corpus.tokens[np.repeat(chosen, lengths)].astype(np.int32), offsets)
+
+
+def best_training_jaccard(
+    corpus: Corpus, sets: Sequence[KnownSet], advance: Callable[[int], None] = lambda count: None
+) -> np.ndarray:
+    """Return [sets] float32: the largest Jaccard of each set to a training set; genes outside count in the union.
+
+    Args:
+        corpus: the prepared corpus.
+        sets: whole sets, not masked ones, with ids of the corpus's vocabulary.
+        advance: told the number of sets just done.
+    """
+    size = corpus.vocabulary.size
+    # Genes that no training set can hold get numbers past the vocabulary.
+    tokens = [np.concatenate([one.ids, size + np.arange(one.outside)]).astype(np.int32) for one in sets]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(np.int64)
+    queries = Sets(np.concatenate([*tokens, np.empty(0, np.int32)]), offsets)
+    num_genes = size + max((one.outside for one in sets), default=0)
+    return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
+
+
+def read_background(path: str | Path, table: SymbolTable, vocabulary: Vocabulary) -> np.ndarray:
+    """Read the genes an experiment could have found: symbols separated by white space.
+
+    Returns:
+        [V] bool, the ids that are in the background.
+
+    Raises:
+        UserError: no such file, not a text file, or no gene of the vocabulary in it.
+    """
+    try:
+        symbols = Path(path).read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise UserError(f"--background {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--background {path}: not a text file; give one gene symbol a line") from None
+    ids, outside, _ = _known_ids(dict.fromkeys(symbols), table, vocabulary, SymbolReport())
+    if not len(ids):
+        raise UserError(f"--background {path}: no gene of the vocabulary in it; give one gene symbol a line")
+    if outside:
+        log(f"--background {path}: {len(ids):,} genes; {outside:,} others, outside the vocabulary, are left out")
+    background_V = np.zeros(vocabulary.size, bool)
+    background_V[ids] = True
+    return background_V
+
+
 def _known_ids(
     symbols: Iterable[str], table: SymbolTable, vocabulary: Vocabulary, report: SymbolReport
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, int, np.ndarray]:
     ids: dict[int, None] = {}
     outside: set[str] = set()
+    line: list[int] = []
     for written in symbols:
         gene = find_gene(written, table, vocabulary)
         report.mentions[gene.how] += 1
+        line.append(OUTSIDE if gene.id is None else gene.id)
         if gene.id is not None:
             ids[gene.id] = None
             continue
@@ -118,7 +201,7 @@ def _known_ids(
             report.not_mapped[written] += 1
         else:
             report.not_in_vocabulary[gene.symbol] += 1
-    return np.array(list(ids), np.int32), len(outside)
+    return np.array(list(ids), np.int32), len(outside), np.array(line, np.int32)
 
 
 def _summary(counts: collections.Counter[str]) -> dict[str, Any]:

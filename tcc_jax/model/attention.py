@@ -24,16 +24,27 @@ def attend(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT:
     Returns:
         BTNH in the type of the queries. Padding gives zeros, and takes and sends no gradient.
     """
-    length, head_size = q_BTNH.shape[1], q_BTNH.shape[3]
-    precision = product_precision(q_BTNH.dtype)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32, precision=precision)
+    length = q_BTNH.shape[1]
     real_BT = segments_BT > 0
     same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & real_BT[:, :, None]
-    visible_BTS = same_BTS & jnp.tri(length, dtype=bool)
-    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS * head_size**-0.5, MASKED)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
-    mixed_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision=precision)
+    mixed_BTNH = attend_visible(q_BTNH, k_BSNH, v_BSNH, same_BTS & jnp.tri(length, dtype=bool))
     return jnp.where(real_BT[:, :, None, None], mixed_BTNH, 0)
+
+
+def attend_visible(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """Attention over the keys that a mask allows, softmax in float32: BTNH in the type of the queries.
+
+    Args:
+        q_BTNH: queries, any float type; products take this type and accumulate in float32.
+        k_BSNH: keys, such as those of a cache.
+        v_BSNH: values of the same positions.
+        visible_BTS: bool, which keys a query sees. One that sees none gives the mean of all values.
+    """
+    precision = product_precision(q_BTNH.dtype)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32, precision=precision)
+    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS * q_BTNH.shape[3] ** -0.5, MASKED)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision=precision)
 
 
 def segment_offsets(segments_BT: jax.Array) -> jax.Array:

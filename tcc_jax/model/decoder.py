@@ -6,13 +6,15 @@ training and completion run plain `jax.jit` over arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tcc_jax.config import ModelConfig
-from tcc_jax.model.attention import MASKED, attend, product_precision, segment_offsets
+from tcc_jax.model.attention import MASKED, attend, attend_visible, product_precision, segment_offsets
 
 # The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
 PAD, START, END = 0, 1, 2
@@ -23,6 +25,12 @@ _NORM_EPSILON = 1e-6
 _ROPE_BASE = 10_000.0
 
 Params = dict
+
+Cache = list[tuple[jax.Array, jax.Array]]
+"""For each block the keys k_BNHS and values v_BNHS of S slots, in the type of the matrix products."""
+
+# What a block does with its queries, keys and values [BTNH]: attention within segments, or to a cache.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Decoder(nnx.Module):
@@ -61,14 +69,51 @@ class Decoder(nnx.Module):
         Returns:
             h_BTD, float32; zero gradients flow through padding.
         """
+        attends: list[Attend] = [lambda q, k, v: attend(q, k, v, segments_BT)] * self.config.num_layers
+        return self._run(tokens_BT, segment_offsets(segments_BT), attends, dropout_key)
+
+    def extend(
+        self, tokens_BT: jax.Array, offsets_BT: jax.Array, visible_BTS: jax.Array, slot: jax.Array | int, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Run the decoder over new tokens that see those of a cache and each other: a whole prompt, or one more gene.
+
+        Args:
+            tokens_BT: int32 ids of the new tokens.
+            offsets_BT: int32, the place of each in its set, `<start>` being 0; only position codes need it.
+            visible_BTS: bool, the slots each new token sees, its own among them.
+            slot: the first of the T slots that take the new tokens' keys and values, the same in every row.
+            cache: what the slots hold so far; what no token sees may be anything finite.
+
+        Returns:
+            h_BTD after the final norm, float32, and the new cache, of the same shapes.
+        """
+        new_cache: Cache = []
+
+        def attend_to_cache(layer: int) -> Attend:
+            def attend_layer(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+                # Slots last, as the products want them: otherwise XLA transposes the whole cache for every gene.
+                k_BNHS, v_BNHS = (
+                    jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 3), slot, axis=3)
+                    for old, new in zip(cache[layer], (k_BTNH, v_BTNH), strict=True)
+                )
+                new_cache.append((k_BNHS, v_BNHS))
+                return attend_visible(q_BTNH, jnp.moveaxis(k_BNHS, 3, 1), jnp.moveaxis(v_BNHS, 3, 1), visible_BTS)
+
+            return attend_layer
+
+        attends = [attend_to_cache(layer) for layer in range(self.config.num_layers)]
+        return self._run(tokens_BT, offsets_BT, attends, None), new_cache
+
+    def _run(
+        self, tokens_BT: jax.Array, offsets_BT: jax.Array, attends: list[Attend], dropout_key: jax.Array | None
+    ) -> jax.Array:
         keys = _keys(dropout_key, 2 * self.config.num_layers + 1)
-        offsets_BT = segment_offsets(segments_BT)
         x_BTD = self.embedding[tokens_BT]
         if self.config.position == "learned":
             x_BTD = x_BTD + self.position_embedding[offsets_BT]
         x_BTD = _dropout(x_BTD, self.config.dropout, keys[0])
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, segments_BT, offsets_BT, keys[2 * layer + 1 : 2 * layer + 3])
+        for layer, (block, attend_layer) in enumerate(zip(self.blocks, attends, strict=True)):
+            x_BTD = block(x_BTD, attend_layer, offsets_BT, keys[2 * layer + 1 : 2 * layer + 3])
         return self.final_norm(x_BTD)
 
     def logits(self, h: jax.Array) -> jax.Array:
@@ -105,19 +150,19 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        segments_BT: jax.Array,
+        attend_layer: Attend,
         offsets_BT: jax.Array,
         dropout_keys: list[jax.Array] | list[None],
     ) -> jax.Array:
         """Return the residual stream after the block, BTD float32."""
-        branch_BTD = self.attention(self.attention_norm(x_BTD), segments_BT, offsets_BT)
+        branch_BTD = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT)
         x_BTD = x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[0])
         branch_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[1])
 
 
 class Attention(nnx.Module):
-    """Multi-head attention within segments."""
+    """Multi-head attention: the projections around what `Attend` does."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, dtype = config.width, config.matmul_dtype
@@ -128,13 +173,13 @@ class Attention(nnx.Module):
         self.value = Linear(width, width, dtype, rngs)
         self.output = Linear(width, width, dtype, rngs, scale=_residual_scale(config))
 
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, offsets_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, attend_layer: Attend, offsets_BT: jax.Array) -> jax.Array:
         """Return BTD in the type of the matrix products."""
         heads = (*x_BTD.shape[:2], self.num_heads, -1)
         q_BTNH, k_BTNH, v_BTNH = (linear(x_BTD).reshape(heads) for linear in (self.query, self.key, self.value))
         if self.rotary:
             q_BTNH, k_BTNH = _rotate(q_BTNH, offsets_BT), _rotate(k_BTNH, offsets_BT)
-        return self.output(attend(q_BTNH, k_BTNH, v_BTNH, segments_BT).reshape(x_BTD.shape))
+        return self.output(attend_layer(q_BTNH, k_BTNH, v_BTNH).reshape(x_BTD.shape))
 
 
 class FeedForward(nnx.Module):
@@ -160,7 +205,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [.., out] in `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
-        # As a matrix: XLA's CPU backend takes four times as long for the kernel's gradient over two leading axes.
+        # As a matrix: over two leading axes XLA's CPU backend takes twice as long, forward and back.
         matrix = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         product = jnp.matmul(matrix, kernel, precision=product_precision(self.dtype))
         return product.reshape(*x.shape[:-1], -1)
@@ -176,6 +221,13 @@ class RMSNorm(nnx.Module):
         """Return the normed array, same shape, float32."""
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + _NORM_EPSILON) * self.scale[...]
+
+
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
+    """Return a cache of zeros for `rows` rows of `slots` positions."""
+    shape = (rows, config.num_heads, config.width // config.num_heads, slots)
+    dtype = jnp.dtype(config.matmul_dtype)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
 def split(decoder: Decoder) -> Params:

@@ -1,15 +1,16 @@
 """Checkpoints of a run: Orbax arrays beside a JSON description, written in the background, read onto any mesh.
 
-RUN/checkpoints/STEP holds `state` (step, params, optimizer state) and `meta` (the whole configuration, the hashes of
-the corpus and the vocabulary, versions). RUN/genes.tsv says what the ids mean.
+RUN/checkpoints/STEP holds `state` (Orbax: step, params, optimizer state) and `checkpoint.json`: the whole
+configuration, the hashes of the corpus and the vocabulary, versions, and the SHA-256 of every file. RUN/genes.tsv says
+what the ids mean. Exports (`tcc_jax.training.exports`) open the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,49 @@ from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import Params, abstract_params
 from tcc_jax.terminal import UserError
+from tcc_jax.training.records import (
+    FOLDER,
+    FORMAT_VERSION,
+    STATE,
+    latest_step,
+    read_record,
+    step_folder,
+    verify,
+    whole_steps,
+)
+from tcc_jax.training.saving import CheckpointWriter
 from tcc_jax.training.sharding import with_sharding
 
-FORMAT_VERSION = 1
-_FOLDER = "checkpoints"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+__all__ = [
+    "VOCABULARY_FILE",
+    "CheckpointWriter",
+    "LoadedCheckpoint",
+    "check_same_run",
+    "describe",
+    "find_checkpoint",
+    "latest_step",
+    "packages",
+    "read_checkpoint",
+    "restore_state",
+]
+
 VOCABULARY_FILE = "genes.tsv"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Fields that may differ when a run goes on. All others decide the numbers, so a new field is compared until it is
+# listed here. `training.steps` shapes the schedule, but to train longer is a thing people want; the path of a corpus is
+# nothing, its hash is compared; the mesh changes the last bits only.
+_MAY_DIFFER = {
+    "run.directory",
+    "data.corpus",
+    "training.steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.eval_steps",
+    "training.recall_sets",
+    "training.skips_before_stop",
+    "checkpoint",
+    "mesh",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +77,7 @@ class LoadedCheckpoint:
         config: the configuration of its run.
         vocabulary: what its ids mean.
         params: nested dicts of float32 arrays on the default device; `tcc_jax.model.decoder.merge` takes them.
-        run_directory: the run it belongs to.
+        run_directory: the run it belongs to, or the export it is.
         step: the optimizer step it was saved after.
     """
 
@@ -52,18 +90,24 @@ class LoadedCheckpoint:
 
 
 def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
-    """Open a checkpoint for use: its parameters, without the optimizer state or the mesh it was trained on.
+    """Open a checkpoint or an export for use: its parameters, without the optimizer state or the mesh.
 
     Args:
-        path: a run directory (its latest step), or one step inside it (RUN/checkpoints/STEP).
+        path: a run directory (its latest step), one step inside it (RUN/checkpoints/STEP), or an export.
 
     Raises:
         UserError: no such directory, no checkpoint inside, a damaged one, or one of another vocabulary than
             RUN/genes.tsv.
     """
+    # Imported here because an export is read into the same LoadedCheckpoint.
+    from tcc_jax.training.exports import is_export, read_export
+
+    if is_export(Path(path)):
+        return read_export(Path(path))
     run_directory, step = _locate(Path(path))
-    meta = read_meta(run_directory, step)
-    folder = _step_folder(run_directory, step)
+    folder = step_folder(run_directory, step)
+    meta = read_record(folder)
+    verify(folder, meta)
     config = from_dict(meta["config"], str(folder))
     vocabulary = Vocabulary.read(run_directory / VOCABULARY_FILE)
     if vocabulary.hash != meta["vocabulary_hash"]:
@@ -77,36 +121,49 @@ def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     with _damage_named(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore((folder / "state").absolute(), args=arguments)["params"]
+        params = reader.restore((folder / STATE).absolute(), args=arguments)["params"]
     return LoadedCheckpoint(meta, config, vocabulary, params, run_directory, step)
 
 
-def latest_step(run_directory: Path) -> int | None:
-    """Return the newest complete checkpoint of a run, or None. A save that was cut off does not count."""
-    folder = run_directory / _FOLDER
-    if not folder.is_dir():
-        return None
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir()]
-    return max(steps, default=None)
+def find_checkpoint(
+    run_directory: Path, resume: str, report: Callable[[str], None]
+) -> tuple[int, dict[str, Any]] | None:
+    """Find the checkpoint a run goes on from, every file of it checked.
 
+    Args:
+        run_directory: the run.
+        resume: `latest`, or `last-good` to go past damaged ones, which are renamed to STEP.damaged.
+        report: where a warning is told.
 
-def read_meta(run_directory: Path, step: int) -> dict[str, Any]:
-    """Return the JSON description of a checkpoint.
+    Returns:
+        The step and the description, or None if the run has no checkpoint yet.
 
     Raises:
-        UserError: it is damaged, or of a format this version does not read.
+        UserError: the latest one is damaged, or with `last-good` all are; or it is of a format that cannot go on.
     """
-    folder = _step_folder(run_directory, step)
-    for item in ("state", "meta"):
-        if not (folder / item).is_dir():
-            raise UserError(f"{folder}: the checkpoint is damaged and cannot be read: {item} is missing")
-    with _damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore((folder / "meta").absolute())
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder}: checkpoint format {meta.get('format_version')}, this tcc_jax reads {FORMAT_VERSION}"
-        )
-    return meta
+    damaged: list[tuple[Path, UserError]] = []
+    for step in reversed(whole_steps(run_directory)):
+        folder = step_folder(run_directory, step)
+        try:
+            meta = read_record(folder)
+            verify(folder, meta)
+        except UserError as error:
+            if resume != "last-good":
+                raise UserError(f"{error}; --resume last-good goes on from the one before it") from None
+            damaged.append((folder, error))
+            continue
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{folder}: checkpoint format {meta['format_version']} can be used, but not gone on with; start a new "
+                f"run from its weights with --init-from {run_directory}"
+            )
+        for bad, damage in damaged:
+            report(f"warning: {damage}; put aside, going on from step {step:,}")
+            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+        return step, meta
+    if damaged:
+        raise UserError(f"{damaged[0][1]}; no good checkpoint is left in {run_directory / FOLDER}")
+    return None
 
 
 def restore_state(run_directory: Path, step: int, abstract: Any) -> Any:
@@ -115,9 +172,9 @@ def restore_state(run_directory: Path, step: int, abstract: Any) -> Any:
     Raises:
         UserError: it is damaged.
     """
-    folder = _step_folder(run_directory, step)
+    folder = step_folder(run_directory, step)
     with _damage_named(folder), ocp.StandardCheckpointer() as reader:
-        return reader.restore((folder / "state").absolute(), abstract)
+        return reader.restore((folder / STATE).absolute(), abstract)
 
 
 def describe(config: Config, corpus: Corpus, step: int, elapsed_seconds: float) -> dict[str, Any]:
@@ -131,75 +188,52 @@ def describe(config: Config, corpus: Corpus, step: int, elapsed_seconds: float) 
         "vocabulary_hash": corpus.vocabulary.hash,
         "vocabulary_size": corpus.vocabulary.size,
         "row_length": config.training.row_length,
-        "packages": {"tcc-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": packages(),
     }
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that decide what a run computes."""
+    return {"tcc-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def check_same_run(meta: dict[str, Any], config: Config, corpus: Corpus) -> None:
     """Check that a run can go on from a checkpoint with this configuration and corpus.
 
     Raises:
-        UserError: the model, vocabulary or corpus is another; the first difference is named.
+        UserError: the configuration (but for fields that do not change the numbers), vocabulary or corpus is another;
+            the first difference is named.
     """
     advice = f"choose another run.directory than {config.run.directory}"
-    saved = from_dict(meta["config"], config.run.directory)
-    pairs = {f"model.{field.name}": _field(field.name, saved.model, config.model) for field in fields(config.model)}
-    if config.model.position == "learned":
-        pairs["training.row_length"] = (meta["row_length"], config.training.row_length)
-    for name, (before, now) in pairs.items():
-        if before != now:
-            raise UserError(f"{name} = {now}, but the checkpoint to resume from has {before}; {advice}")
-    for name, now in (("vocabulary", corpus.vocabulary.hash), ("corpus", corpus.hash)):
+    saved, now = (c.to_dict() for c in (from_dict(meta["config"], config.run.directory), config))
+    for section, values in now.items():
+        for field, value in values.items():
+            name, before = f"{section}.{field}", saved[section][field]
+            if value != before and not _MAY_DIFFER & {section, name}:
+                raise UserError(
+                    f"{name} = {value}, but the checkpoint to resume from has {before}; {advice}, "
+                    f"with --init-from {config.run.directory} to start from its weights"
+                )
+    for name, hash_ in (("vocabulary", corpus.vocabulary.hash), ("corpus", corpus.hash)):
         before = meta[f"{name}_hash"]
-        if before != now:
+        if before != hash_:
             raise UserError(
-                f"{corpus.path}: its {name} ({now[:12]}) is not that of the checkpoint to resume from "
+                f"{corpus.path}: its {name} ({hash_[:12]}) is not that of the checkpoint to resume from "
                 f"({before[:12]}); {advice}"
             )
-
-
-class CheckpointWriter:
-    """Saves checkpoints in the background; leaving the `with` block waits for the last one.
-
-    Args:
-        run_directory: the run.
-        keep: checkpoints kept, newest first.
-    """
-
-    def __init__(self, run_directory: Path, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((run_directory / _FOLDER).absolute(), options=options)
-
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begin to save; the arrays are safe to overwrite when this returns. Waits for a save still under way."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=arguments)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def _locate(path: Path) -> tuple[Path, int]:
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory or checkpoint")
-    if path.name.isdigit() and path.absolute().parent.name == _FOLDER:
+    if path.name.isdigit() and path.absolute().parent.name == FOLDER:
         return path.absolute().parent.parent, int(path.name)
     step = latest_step(path)
     if step is None:
-        raise UserError(f"{path}: no checkpoint here; give a run directory, or one step in its {_FOLDER} folder")
+        raise UserError(
+            f"{path}: no checkpoint here; give a run directory, one step in its {FOLDER} folder or an export"
+        )
     return path, step
-
-
-def _step_folder(run_directory: Path, step: int) -> Path:
-    return run_directory / _FOLDER / str(step)
-
-
-def _field(name: str, before: Any, now: Any) -> tuple[Any, Any]:
-    return getattr(before, name), getattr(now, name)
 
 
 @contextlib.contextmanager

@@ -1,195 +1,310 @@
 """The training loop: dispatch step n, read the metrics of step n - 1, so that the device never waits for the host.
 
-A run lives in one directory: config.json, genes.tsv, metrics.jsonl and checkpoints/STEP. An existing one resumes.
+A run lives in one directory (`tcc_jax.training.run_directory`); an existing one resumes. A run killed at any moment and
+started again ends with the same bits as one that was never stopped: the batch is a function of the step, randomness of
+the seed and the step, and a checkpoint holds the state and the sums of the metrics line it falls into.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import json
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.loader import Loader, make_loader
 from tcc_jax.corpus.store import Corpus, Split, open_corpus
 from tcc_jax.model.decoder import count_parameters
-from tcc_jax.terminal import Advance, UserError, log, progress
+from tcc_jax.terminal import UserError, progress
 from tcc_jax.training.checkpoint import (
-    VOCABULARY_FILE,
     CheckpointWriter,
     check_same_run,
     describe,
-    latest_step,
-    read_meta,
+    find_checkpoint,
+    read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.metrics import MetricsFile, Window
-from tcc_jax.training.sharding import make_mesh, shard_batch
+from tcc_jax.training.metrics import MetricsFile
+from tcc_jax.training.preemption import Stop
+from tcc_jax.training.records import read_record, step_folder
+from tcc_jax.training.report import Report
+from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
+from tcc_jax.training.sharding import make_mesh, replicated, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import make_eval_step, make_train_step
+from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
-CONFIG_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
+SKIPPED_FOLDER = "skipped"
 
 
-def train(config: Config) -> None:
-    """Train a model to `training.steps`, from the start or from the latest checkpoint of `run.directory`.
+def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | None = None) -> None:
+    """Train a model to `training.steps`, from the start or from a checkpoint of `run.directory`.
 
     Each line of metrics.jsonl has `step` (steps taken), `loss` (nats per scored position, the mean over the steps since
-    the last line), `learning_rate` and `gradient_norm` (of that step), `tokens_per_second` (useful tokens),
-    `sets_per_second`, `seconds` (spent in this run, resumes included) and `epoch`; or `step` and `validation_loss`.
+    the last line; null if all were skipped), `skipped_steps` (among them), `learning_rate` and `gradient_norm` (of that
+    step; null if it is not finite), `tokens_per_second` (useful tokens), `sets_per_second`, `seconds` (spent in this
+    run, resumes included) and `epoch`; or `step`, `validation_loss` and, where measured, `validation_recall`.
+
+    Args:
+        config: the run.
+        stop: a request to stop, which may come from another thread; without one, SIGTERM and SIGINT are heard here.
+            The step in flight is finished and saved, and the function returns.
+        make_recall: called with the configuration and the corpus, gives the function that measures the recall on
+            validation sets, which decides what the best checkpoint is.
 
     Raises:
-        UserError: a corpus, mesh or run directory that cannot be used, or a loss that is not a number.
-        KeyboardInterrupt: after an interrupt, once a checkpoint is saved.
+        UserError: a corpus, mesh or run directory that cannot be used, a damaged checkpoint, updates skipped too often
+            in a row, or a last checkpoint that could not be saved.
     """
     corpus = open_corpus(config.data.corpus)
-    num_sets = len(corpus.indices("train"))
-    if num_sets == 0:
+    if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config.mesh.data, config.training.batch_rows)
-    directory = Path(config.run.directory)
-    _check_directory(directory)
-    first, elapsed_seconds = 0, 0.0
-    latest = latest_step(directory)
-    if latest is not None:
-        meta = read_meta(directory, latest)
-        check_same_run(meta, config, corpus)
-        if latest >= config.training.steps:
-            log(f"{directory}: already trained to step {latest:,}; nothing left of {config.training.steps:,} steps")
+    if "://" in config.run.directory:
+        raise UserError(
+            f"run.directory = {config.run.directory}: must be a path of this machine; mount the bucket (gcsfuse) and "
+            "give the path of the mount"
+        )
+    with _heard(stop) as stop, open_run_directory(Path(config.run.directory), config.training.steps) as directory:
+        stop.on_leave = lambda message: directory.status("stopped", message=message)
+        directory.status("starting")
+        Run(config, corpus, mesh, directory, stop, make_recall).run()
+
+
+class Run:
+    """One process's part of a run: from the state it starts with to the end, or to a request to stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        mesh: Mesh,
+        directory: RunDirectory,
+        stop: Stop,
+        make_recall: MakeRecall | None,
+    ) -> None:
+        """Find where to start; nothing is written yet but status.json."""
+        self.config, self.corpus, self.mesh, self.directory, self.stop = config, corpus, mesh, directory, stop
+        self.make_recall = make_recall
+        self.first, self.meta = self._find_start()
+        if self.meta:
+            check_same_run(self.meta, config, corpus)
+
+    def run(self) -> None:
+        """Train to the end or to a request to stop."""
+        config, directory, path = self.config, self.directory, self.directory.path
+        if self.first >= config.training.steps and not self.meta.get("evaluation_due"):
+            steps = f"{config.training.steps:,} steps"
+            directory.log(f"{path}: already trained to step {self.first:,}; nothing left of {steps}")
+            directory.status("finished", step=self.first, checkpoint=self.first)
             return
-        log(f"{directory}: going on from step {latest:,}")
-        first, elapsed_seconds = latest, meta["elapsed_seconds"]
-        state = restore_state(directory, latest, abstract_state(config, corpus.vocabulary.size, mesh))
-    else:
-        bias_V = frequency_bias(corpus.vocabulary.counts, num_sets) if config.objective.frequency_bias else None
-        state = create_state(config, corpus.vocabulary.size, bias_V, mesh)
-    directory.mkdir(parents=True, exist_ok=True)
-    # First of all, because it marks the folder as a run that may be gone on with.
-    (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    corpus.vocabulary.write(directory / VOCABULARY_FILE)
-    devices = f"{mesh.size} {jax.default_backend()} device" + ("s" if mesh.size > 1 else "")
-    log(f"{directory}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
-    metrics_file = MetricsFile(directory / METRICS_FILE, first)
-    with (
-        contextlib.closing(metrics_file),
-        CheckpointWriter(directory, config.checkpoint.keep) as checkpoints,
-        progress("training", config.training.steps, done=first) as advance,
-    ):
-        report = _Report(config, metrics_file, advance, elapsed_seconds)
-        _run_steps(config, corpus, mesh, state, first, report, checkpoints)
+        state = self._first_state()
+        directory.describe(config, self.corpus.vocabulary, self.first)
+        devices = f"{self.mesh.size} {jax.default_backend()} device" + ("s" if self.mesh.size > 1 else "")
+        num_sets = len(self.corpus.indices("train"))
+        directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
+        directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
+        metrics_file = MetricsFile(path / METRICS_FILE, self.first, directory.log, writes=jax.process_index() == 0)
+        with (
+            contextlib.closing(metrics_file),
+            CheckpointWriter(
+                path,
+                config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+                recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
+                before_seal=metrics_file.sync,
+                note=directory.note,
+                warn=directory.log,
+            ) as self.checkpoints,
+            progress("training", config.training.steps, done=self.first) as advance,
+        ):
+            self.report = Report(config, metrics_file, directory, advance, self.meta)
+            self._run_steps(state)
 
+    def _find_start(self) -> tuple[int, dict[str, Any]]:
+        path, found = self.directory.path, None
+        if jax.process_index() == 0:
+            found = find_checkpoint(path, self.config.checkpoint.resume, self.directory.log)
+        if jax.process_count() == 1:
+            return found or (0, {})
+        # One host checks the files and puts damaged ones aside; the others take its word.
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(found[0] if found else 0)))
+        return step, read_record(step_folder(path, step)) if step else {}
 
-def _run_steps(
-    config: Config,
-    corpus: Corpus,
-    mesh: Mesh,
-    state: TrainState,
-    first: int,
-    report: _Report,
-    checkpoints: CheckpointWriter,
-) -> None:
-    training = config.training
-    loader = _loader(config, corpus, "train", first)
-    report.steps_per_epoch = loader.steps_per_epoch
-    train_step = make_train_step(config, corpus.vocabulary.size, mesh)
-    validate = _make_validation(config, corpus, mesh)
-    previous: tuple[int, Any] | None = None
-    with _interrupt_flag() as interrupted:
-        for step, batch in zip(range(first + 1, training.steps + 1), loader, strict=False):
-            state, metrics = train_step(state, shard_batch(batch, mesh))
+    def _first_state(self) -> TrainState:
+        config, vocabulary = self.config, self.corpus.vocabulary
+        if self.meta:
+            self.directory.log(f"{self.directory.path}: going on from step {self.first:,}")
+            abstract = abstract_state(config, vocabulary.size, self.mesh)
+            return restore_state(self.directory.path, self.first, abstract)
+        num_sets = len(self.corpus.indices("train"))
+        bias_V = frequency_bias(vocabulary.counts, num_sets) if config.objective.frequency_bias else None
+        state = create_state(config, vocabulary.size, bias_V, self.mesh)
+        return _with_weights_of(config, self.corpus, state) if config.checkpoint.init_from else state
+
+    def _run_steps(self, state: TrainState) -> None:
+        config, report, stop = self.config, self.report, self.stop
+        loader = _loader(config, self.corpus, "train", self.first)
+        report.steps_per_epoch = loader.steps_per_epoch
+        train_step = make_train_step(config, self.corpus.vocabulary.size, self.mesh)
+        self.validate = make_validation(
+            config,
+            self.corpus,
+            make_eval_step(config, self.corpus.vocabulary.size, self.mesh),
+            _loader(config, self.corpus, "validation", 0) if len(self.corpus.indices("validation")) else None,
+            self.mesh,
+            self.make_recall,
+        )
+        agreed = Agreement(self.mesh)
+        due = self.meta.get("evaluation_due") and self.first not in report.evaluated
+        if due and not self._evaluate(self.first, state):
+            return self._stopped(self.first)
+        if jax.process_count() > 1:
+            # A host that left alone would leave the others waiting.
+            stop.must_save()
+        previous: tuple[int, Any, Any] | None = None
+        every_seconds, last_save = 60 * config.checkpoint.every_minutes, time.monotonic()
+        for step, batch in zip(range(self.first + 1, config.training.steps + 1), loader, strict=False):
+            state, metrics = train_step(state, shard_batch(batch, self.mesh))
+            stop.must_save()
+            due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
+            stopping, save_by_time = agreed.exchange(bool(stop), due)
             if previous:
-                report.step(*previous)
-            previous = (step, metrics)
-            is_last = step == training.steps or interrupted.is_set()
-            saves = is_last or step % config.checkpoint.every_steps == 0
-            evaluates = training.eval_every > 0 and (step == training.steps or step % training.eval_every == 0)
-            if saves or evaluates:
-                # Wait for this very step: a state whose loss is not a number must never be saved.
-                report.step(*previous)
+                self._read(*previous)
+            previous = (step, metrics, batch)
+            is_last = step == config.training.steps
+            evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)
+            saves = is_last or stopping or save_by_time or step % config.checkpoint.every_steps == 0
+            if saves or evaluates or report.skipping:
+                # Wait for this very step: what is saved has its numbers written down, and a run that skips updates
+                # stops at the step that was one too many.
+                self._read(*previous, state=state)
                 previous = None
-            if evaluates:
-                report.validation(step, functools.partial(validate, state))
-            if saves:
-                checkpoints.save(step, state, describe(config, corpus, step, report.seconds()))
-            if interrupted.is_set():
-                log(f"interrupted: step {step:,} is saved; the same command goes on from there")
-                raise KeyboardInterrupt
+            evaluation_due = evaluates and (stopping or not self._evaluate(step, state))
+            if saves or evaluation_due or (evaluates and report.is_best(step)):
+                self._save(step, state, evaluation_due)
+                last_save = time.monotonic()
+            if stopping or evaluation_due:
+                return self._stopped(step)
+        self.directory.status("saving", step=config.training.steps)
+        self._await_last_save()
+        self.directory.status("finished", step=config.training.steps)
+        return None
 
+    def _read(self, step: int, metrics: dict[str, jax.Array], batch: Any, state: TrainState | None = None) -> None:
+        skips = self.report.step(step, jax.device_get(metrics))
+        if skips < self.config.training.skips_before_stop:
+            return
+        file = self.directory.path / SKIPPED_FOLDER / f"step-{step}-host-{jax.process_index()}.npz"
+        file.parent.mkdir(exist_ok=True)
+        np.savez(file, **batch)
+        if state is not None:
+            # Its parameters are those of the last good update.
+            self._save(step, state, evaluation_due=False)
+            self.checkpoints.wait()
+        last = self.checkpoints.saved_step or self.first
+        raise UserError(
+            f"step {step}: the loss or its gradient was not finite {skips} times in a row; none of these updates was "
+            f"made, the batch is in {file}, the last checkpoint is of step {last}; "
+            "a lower optimizer.learning_rate or a longer warm-up may help"
+        )
 
-class _Report:
-    def __init__(self, config: Config, file: MetricsFile, advance: Advance, elapsed_seconds: float) -> None:
-        self.steps_per_epoch = 1.0
-        self._config, self._file, self._advance = config, file, advance
-        self._window = Window()
-        self._began = time.monotonic() - elapsed_seconds
-        self._status = ""
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        self.directory.status("evaluating", step=step)
+        try:
+            # Several hosts must do the same: they finish the evaluation before they stop.
+            self.report.validation(step, functools.partial(self.validate, state, step, self._poll))
+        except Abandoned:
+            return False
+        return True
 
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
+    def _poll(self) -> None:
+        if self.stop and jax.process_count() == 1:
+            raise Abandoned
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = jax.device_get(metrics)
-        if not (math.isfinite(values["loss_sum"]) and math.isfinite(values["gradient_norm"])):
+    def _save(self, step: int, state: TrainState, evaluation_due: bool) -> None:
+        meta = describe(self.config, self.corpus, step, self.report.seconds())
+        meta |= {"window": self.report.window_sums(), "evaluation_due": evaluation_due}
+        self.checkpoints.save(step, state, meta)
+
+    def _stopped(self, step: int) -> None:
+        self.directory.status("saving", step=step)
+        self._await_last_save()
+        message = f"{self.stop.reason or 'another host'}: step {step:,} is saved; the same command goes on from there"
+        self.directory.log(message)
+        self.directory.status("stopped", step=step, message=message)
+
+    def _await_last_save(self) -> None:
+        self.checkpoints.wait()
+        if self.checkpoints.failure:
             raise UserError(
-                f"step {step}: the loss or its gradient is not a number (loss {values['loss_sum']}, gradient norm "
-                f"{values['gradient_norm']}); nothing newer than the last checkpoint is kept; a lower "
-                "optimizer.learning_rate or a longer warm-up may help"
+                f"{self.directory.path}: {self.checkpoints.failure}; mend it, then the same command goes on from the "
+                "checkpoint before"
             )
-        self._window.add(values)
-        if step % self._config.training.log_every == 0 or step == self._config.training.steps:
-            line = self._window.take()
-            self._status = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
-            self._file.write(
-                step=step,
-                loss=line["loss"],
-                learning_rate=float(values["learning_rate"]),
-                gradient_norm=float(values["gradient_norm"]),
-                tokens_per_second=line["tokens_per_second"],
-                sets_per_second=line["sets_per_second"],
-                seconds=round(self.seconds(), 3),
-                epoch=round(step / self.steps_per_epoch, 4),
+
+
+class Agreement:
+    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read one late."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh, self._pending = mesh, None
+        self._any = jax.jit(lambda flags_NK: jnp.max(flags_NK, axis=0), out_shardings=replicated(mesh))
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Return, for each flag, whether any host raised it: in this call on a single host, else in the one before."""
+        if jax.process_count() == 1:
+            return flags
+        local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
+        before, self._pending = self._pending, self._any(shard_batch({"flags": local_NK}, self._mesh)["flags"])
+        return tuple(bool(flag) for flag in jax.device_get(before)) if before is not None else (False,) * len(flags)
+
+
+def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> TrainState:
+    source = config.checkpoint.init_from
+    other = read_checkpoint(source)
+    if other.vocabulary.hash != corpus.vocabulary.hash:
+        raise UserError(
+            f"{source}: its vocabulary ({other.vocabulary.hash[:12]}) is not that of {corpus.path} "
+            f"({corpus.vocabulary.hash[:12]}); prepare the corpus with the same genes"
+        )
+    shapes, other_shapes = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in (jax.tree.leaves_with_path(state.params), jax.tree.leaves_with_path(other.params))
+    )
+    for name in sorted(shapes.keys() | other_shapes.keys()):
+        if shapes.get(name) != other_shapes.get(name):
+            raise UserError(
+                f"{source}: its {name} is {other_shapes.get(name, 'missing')}, this run's is "
+                f"{shapes.get(name, 'missing')}; the [model] sections must have the same shape"
             )
-        self._advance(1, self._status)
-
-    def validation(self, step: int, validate: Callable[[], float | None]) -> None:
-        began = time.monotonic()
-        loss = validate()
-        self._window.leave_out(time.monotonic() - began)
-        if loss is not None:
-            self._file.write(step=step, validation_loss=loss)
-            log(f"step {step:,}: validation loss {loss:.4f} nats per scored position")
+    params = jax.tree.map(
+        lambda new, old: jax.make_array_from_callback(old.shape, old.sharding, np.asarray(new).__getitem__),
+        other.params,
+        state.params,
+    )
+    return state._replace(params=params)
 
 
-def _make_validation(config: Config, corpus: Corpus, mesh: Mesh) -> Callable[[TrainState], float | None]:
-    if len(corpus.indices("validation")) == 0:
-        return lambda state: None
-    eval_step = make_eval_step(config, corpus.vocabulary.size, mesh)
-    loader = _loader(config, corpus, "validation", 0)
-    num_batches = min(config.training.eval_steps, math.ceil(loader.steps_per_epoch))
-
-    def validate(state: TrainState) -> float:
-        # The loader starts at step 0 each time: every evaluation sees the same batches.
-        sums = [
-            eval_step(state.params, shard_batch(batch, mesh), np.int32(index))
-            for index, batch in enumerate(itertools.islice(iter(loader), num_batches))
-        ]
-        loss_sum, scored = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
-        return loss_sum / max(scored, 1)
-
-    return validate
+@contextlib.contextmanager
+def _heard(stop: Stop | None) -> Iterator[Stop]:
+    if stop is not None:
+        yield stop
+        return
+    stop = Stop()
+    stop.hear_signals()
+    try:
+        yield stop
+    finally:
+        stop.ignore_signals()
 
 
 def _loader(config: Config, corpus: Corpus, split: Split, start_step: int) -> Loader:
@@ -205,29 +320,3 @@ def _loader(config: Config, corpus: Corpus, split: Split, start_step: int) -> Lo
         num_hosts=jax.process_count(),
         host=jax.process_index(),
     )
-
-
-def _check_directory(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: is a file; choose another run.directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).exists():
-        raise UserError(f"{directory}: not empty and not a run of tcc_jax; choose another run.directory")
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def stop(*_: object) -> None:
-        # The first interrupt finishes the step and saves; a second one ends at once.
-        flag.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)

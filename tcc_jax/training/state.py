@@ -23,11 +23,15 @@ class TrainState(NamedTuple):
         step: int32 scalar, optimizer steps taken.
         params: nested dicts of float32 arrays.
         optimizer: the state of the optax chain.
+        skipped: int32 scalar, steps whose update was skipped because the loss or gradient was not finite.
+        skipped_in_a_row: int32 scalar, how many of them were the last ones.
     """
 
     step: jax.Array
     params: Params
     optimizer: optax.OptState
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
 def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None, mesh: Mesh) -> TrainState:
@@ -75,4 +79,5 @@ def _initial(config: Config, vocabulary_size: int, bias_V: jax.Array | None) -> 
     if bias_V is not None:
         params["output_bias"] = params["output_bias"].at[:vocabulary_size].set(bias_V)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), skipped=zero, skipped_in_a_row=zero)

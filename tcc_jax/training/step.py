@@ -30,7 +30,9 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callabl
 
     A batch has `tokens` and `segments` [B, T] and `starts` and `gene_counts` [B, M], int32, its rows spread over the
     mesh. Metrics are scalars over the global batch: `loss_sum` (nats), `scored` (positions), `gradient_norm` (before
-    clipping), `learning_rate`, `tokens` (useful ones) and `sets`. Randomness is a function of the seed and the step.
+    clipping), `learning_rate`, `tokens` (useful ones), `sets`, `skipped` (1 if the loss or gradient was not finite: the
+    parameters and the optimizer's state then stay as they were) and `skipped_in_a_row`, this step included. Randomness
+    is a function of the seed and the step.
     """
     optimizer = make_optimizer(config.optimizer, config.training.steps)
 
@@ -42,17 +44,27 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callabl
             return loss_sum / jnp.maximum(scored, 1), (loss_sum, scored)
 
         gradient, (loss_sum, scored) = jax.grad(mean_loss, has_aux=True)(state.params)
+        gradient_norm = optax.tree.norm(gradient)
+        sound = jnp.isfinite(loss_sum) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        new = (optax.apply_updates(state.params, updates), optimizer_state)
+        params, optimizer_state = jax.tree.map(
+            lambda after, before: jnp.where(sound, after, before), new, (state.params, state.optimizer)
+        )
+        skipped_in_a_row = jnp.where(sound, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss_sum": loss_sum,
             "scored": scored,
-            "gradient_norm": optax.tree.norm(gradient),
-            "learning_rate": learning_rate(config.optimizer, config.training.steps, state.step),
+            "gradient_norm": gradient_norm,
+            # A skipped update leaves the schedule where it was.
+            "learning_rate": learning_rate(config.optimizer, config.training.steps, state.step - state.skipped),
             "tokens": jnp.sum(batch["segments"] > 0),
             "sets": jnp.sum(batch["gene_counts"] > 0),
+            "skipped": 1 - sound,
+            "skipped_in_a_row": skipped_in_a_row,
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        skipped = state.skipped + 1 - sound
+        return TrainState(state.step + 1, params, optimizer_state, skipped, skipped_in_a_row), metrics
 
     whole, rows = replicated(mesh), over_rows(mesh)
     return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=(whole, whole))

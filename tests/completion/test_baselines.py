@@ -1,7 +1,12 @@
+import dataclasses
+import itertools
+
 import numpy as np
 
 from tcc_jax.completion import baselines
+from tcc_jax.completion.protocol import genes_of, mask_sets
 from tcc_jax.completion.ranker import rank
+from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import FAMILY, make_corpus
 
@@ -58,6 +63,41 @@ def test_nearest_sets_alone_count(tmp_path):
     held = [set(corpus.genes(int(index)).tolist()) for index in corpus.indices("train")]
     for row in scores:
         assert set(np.flatnonzero(row).tolist()) in held
+
+
+def test_votes_of_several_numbers_of_neighbours_equal_those_of_each(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    visible = [np.array([16, 17, 40], np.int32), np.empty(0, np.int32), np.array([50], np.int32)]
+    numbers = (1, 3, 10, 500)
+    for number, scores in zip(numbers, baselines.SetNeighbours(corpus).scores(visible, numbers, 2.0), strict=True):
+        alone = baselines.SetNeighbours(corpus, number, 2.0)(visible)
+        np.testing.assert_allclose(scores, alone, rtol=1e-5)
+        # Nothing visible: no set is near, and all genes tie.
+        assert (scores[1] == 0).all() and (scores[0] > 0).any()
+
+
+def slow_recall(corpus, scorer, masked):
+    ids, _ = rank(scorer, [one.visible for one in masked], [len(one.hidden) for one in masked])
+    return np.mean([np.isin(drawn, one.hidden).mean() for drawn, one in zip(ids, masked, strict=True)])
+
+
+def test_tuning_takes_the_best_on_the_validation_split(tmp_path, monkeypatch):
+    corpus = make_corpus(tmp_path / "corpus", num_sets=300)
+    tuned = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    masked, _ = mask_sets(sets_from_corpus(corpus, "validation"), genes_of(corpus.vocabulary.size))
+    pairs = itertools.product(baselines.NEIGHBOURS, baselines.POWERS)
+    recalls = [slow_recall(corpus, baselines.SetNeighbours(corpus, *pair), masked) for pair in pairs]
+    np.testing.assert_allclose(slow_recall(corpus, tuned, masked), max(recalls))
+    monkeypatch.setattr(baselines, "_tune", None)
+    again = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    assert (again.neighbours, again.power) == (tuned.neighbours, tuned.power)
+
+
+def test_without_validation_sets_the_defaults_stay(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    corpus = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
+    tuned = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    assert (tuned.neighbours, tuned.power) == (500, 3.0)
 
 
 def test_set_neighbours_find_the_family(tmp_path):

@@ -1,11 +1,15 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tcc_jax
+from tcc_jax.completion.model import Model
+from tcc_jax.completion.sampler import Sampling
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, START
-from tcc_jax.model.decoder import merge
+from tcc_jax.model.decoder import initial_params, merge
 from tcc_jax.terminal import UserError
 from tests.completion.tiny import STEP, make_corpus, make_run
 
@@ -42,13 +46,34 @@ def test_scores_equal_an_unpadded_forward_pass_in_any_batch(model):
     np.testing.assert_allclose(scores[-5:], model.score(prompts[-5:]), rtol=1e-5, atol=1e-5)
 
 
-def test_a_prompt_longer_than_a_row_shows_a_seeded_subset(model):
+def with_position(model, position):
+    config = model.checkpoint.config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, position=position))
+    params = initial_params(config.model, model.vocabulary.size, ROW_LENGTH, jax.random.key(3))
+    return Model(dataclasses.replace(model.checkpoint, config=config, params=params))
+
+
+def test_without_positions_a_prompt_can_be_longer_than_a_row_of_the_training(model):
+    prompt = np.arange(NUM_SPECIAL, NUM_SPECIAL + 50, dtype=np.int32)
+    assert model.prompt_limit == 4095
+    np.testing.assert_allclose(model.score([prompt])[0], scores_alone(model, prompt), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_with_positions_a_prompt_longer_than_a_row_shows_a_seeded_subset(model, position):
+    model = with_position(model, position)
     prompt = np.arange(NUM_SPECIAL, NUM_SPECIAL + 50, dtype=np.int32)
     assert model.prompt_limit == ROW_LENGTH - 1
     first, again = (np.asarray(model.score([prompt])) for _ in range(2))
     assert (first == again).all()
     genes = [model.vocabulary.symbols[id_] for id_ in prompt]
-    assert not {one.symbol for one in model.complete(genes)} & set(genes)
+    for sampling in (None, Sampling()):
+        proposals = model.complete(genes, 20, sampling=sampling)
+        assert len(proposals) == 10
+        assert not {one.symbol for one in proposals} & set(genes)
+    # 31 places: the 20 drawn leave 11 for the prompt, but at least 15 of it are shown.
+    assert len(model.complete(genes[:30], 20, sampling=Sampling())) == 16
+    assert len(model.complete(genes[:8], 20, sampling=Sampling())) == 20
 
 
 def test_complete_returns_records(model):
@@ -85,6 +110,8 @@ def test_all_genes_known_leaves_nothing_to_propose(model):
         ([["G1"], []], 5, "no gene"),
         ("G1", 5, "pass a list"),
         (["G1"], 0, "number = 0"),
+        (["G1/G2"], 5, "G1/G2: not in the vocabulary"),
+        (["G1\tG2"], 5, "not in the vocabulary"),
     ],
 )
 def test_bad_input(model, genes, number, message):
@@ -96,3 +123,59 @@ def test_unknown_genes_can_be_skipped(model):
     assert model.complete(["G1", "XX"], skip_unknown=True) == model.complete(["G1"])
     with pytest.raises(UserError, match="XX"):
         model.complete(["XX"], skip_unknown=True)
+
+
+def test_the_background_limits_the_candidates(model):
+    background = ["G1", "G5", "G7", "G50", "XX"]
+    proposals = model.complete(["G1"], background=background)
+    assert {one.symbol for one in proposals} == {"G5", "G7", "G50"}
+    assert sum(one.probability for one in proposals) == pytest.approx(1, rel=1e-5)
+    drawn = model.complete(["G1"], background=background, sampling=Sampling())
+    shares = {one.symbol: one.probability for one in proposals}
+    assert {one.symbol: one.probability for one in drawn} == pytest.approx(shares, rel=1e-4)
+    with pytest.raises(UserError, match="background"):
+        model.complete(["G1"], background=["XX"])
+
+
+def test_permutations_average_log_probabilities(model):
+    prompt = np.array([17, 30], np.int32)
+    averaged = np.asarray(model.scorer(6)([prompt, prompt[:1]]))
+    assert (averaged == np.asarray(model.scorer(6)([prompt, prompt[:1]]))).all()
+    real = np.flatnonzero(averaged[0] > -1e29)
+    logits = np.stack([scores_alone(model, order)[real] for order in ([17, 30], [30, 17], [17])])
+    one, other, alone = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+    # Each of the six permutations is one order or the other.
+    mixtures = [(count * one + (6 - count) * other) / 6 for count in range(7)]
+    assert sum(np.allclose(averaged[0, real], mixture, rtol=1e-4, atol=1e-4) for mixture in mixtures) == 1
+    np.testing.assert_allclose(averaged[1, real], alone, rtol=1e-4, atol=1e-4)
+    assert len(model.complete(["G1", "G2"], 5, permutations=4)) == 5
+    with pytest.raises(UserError, match="permutations"):
+        model.complete(["G1"], permutations=0)
+
+
+def test_what_is_sampled_depends_on_the_seed_and_the_set_alone(model):
+    sets = [["G1", "G2"], ["G30"], ["G5", "G44", "G9"], ["G1", "G2"]]
+    drawn = model.complete(sets, 12, sampling=Sampling(seed=4))
+    names = [[one.symbol for one in proposals] for proposals in drawn]
+    assert names[0] == names[3]
+    turned = model.complete(sets[::-1], 12, sampling=Sampling(seed=4))
+    assert [[one.symbol for one in proposals] for proposals in turned] == names[::-1]
+    assert [one.symbol for one in model.complete(sets[1], 12, sampling=Sampling(seed=4))] == names[1]
+    assert [one.symbol for one in model.complete(sets[1], 12, sampling=Sampling(seed=5))] != names[1]
+
+
+def test_a_stream_is_read_a_window_at_a_time(model, monkeypatch):
+    monkeypatch.setattr("tcc_jax.completion.model.WINDOW", 8)
+    read = []
+
+    def queries():
+        for index in range(30):
+            read.append(index)
+            yield np.array([NUM_SPECIAL + index], np.int32), 1 + index % 3
+
+    results = model.propose(queries())
+    assert len(next(results)[0]) == 1 and len(read) == 8
+    sizes = [len(ids) for ids, _ in results]
+    assert sizes == [1 + index % 3 for index in range(1, 30)]
+    everything = list(model.propose(queries(), sampling=Sampling()))
+    assert [len(ids) for ids, _ in everything] == [1 + index % 3 for index in range(30)]

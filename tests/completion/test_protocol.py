@@ -1,78 +1,159 @@
-import math
-
 import numpy as np
 import pytest
-import scipy.stats
 
-from tcc_jax.completion.protocol import bootstrap_interval, mask_sets, run_method
-from tcc_jax.completion.sets import KnownSet
+from tcc_jax.completion.protocol import (
+    DrawnCounts,
+    genes_of,
+    mask_last_genes,
+    mask_sets,
+    rarest_third,
+    read_drawn_counts,
+)
+from tcc_jax.completion.sets import OUTSIDE, KnownSet
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.terminal import UserError
+
+GENES = genes_of(NUM_SPECIAL + 1500)
 
 
 def known_set(length, outside=0, start=NUM_SPECIAL):
     return KnownSet(f"set of {length}", "lib", np.arange(start, start + length, dtype=np.int32), outside)
 
 
+def set_on_a_line(name, *ids):
+    line = np.array(ids, np.int32)
+    return KnownSet(name, "lib", np.unique(line[line != OUTSIDE]), int((line == OUTSIDE).sum()), line)
+
+
 @pytest.mark.parametrize(("length", "visible"), [(2, 1), (3, 1), (7, 1), (8, 2), (12, 2), (13, 3), (1000, 200)])
 def test_visible_counts(length, visible):
-    masked, skipped = mask_sets([known_set(length, outside=3)])
-    assert not skipped and len(masked[0].visible) == visible and masked[0].outside == 3
-    together = np.concatenate([masked[0].visible, masked[0].hidden])
-    assert sorted(together.tolist()) == known_set(length).ids.tolist()
+    masked, skipped = mask_sets([known_set(length, outside=3)], GENES)
+    one = masked[0]
+    assert not skipped and len(one.visible) == visible and one.outside == 3 and one.place == 0
+    assert one.hidden_count == one.drawn_count == length - visible and one.universe == 1500 - visible
+    assert sorted([*one.visible, *one.hidden]) == known_set(length).ids.tolist()
 
 
 def test_at_least_one_gene_is_hidden():
-    masked, _ = mask_sets([known_set(2)], visible_share=0.99)
+    masked, _ = mask_sets([known_set(2)], GENES, visible_share=0.99)
     assert len(masked[0].hidden) == 1
 
 
 def test_masks_depend_on_seed_and_place_alone():
     sets = [known_set(50), known_set(30), known_set(40)]
-    first, again, other = (mask_sets(sets, seed=seed)[0] for seed in (0, 0, 1))
-    changed, _ = mask_sets([known_set(99), *sets[1:]], seed=0)
+    first, again, other = (mask_sets(sets, GENES, seed=seed)[0] for seed in (0, 0, 1))
+    changed, _ = mask_sets([known_set(99), *sets[1:]], GENES, seed=0)
     for index in (1, 2):
         assert first[index].visible.tolist() == again[index].visible.tolist() == changed[index].visible.tolist()
         assert first[index].visible.tolist() != other[index].visible.tolist()
 
 
 def test_sets_that_cannot_be_evaluated_are_listed():
-    masked, skipped = mask_sets([known_set(1, outside=4), known_set(5), known_set(0, outside=2)])
-    assert [one.name for one in masked] == ["set of 5"]
+    masked, skipped = mask_sets([known_set(1, outside=4), known_set(5), known_set(0, outside=2)], GENES)
+    assert [one.name for one in masked] == ["set of 5"] and masked[0].place == 1
     assert [(one.name, reason.split(" genes")[0]) for one, reason in skipped] == [
         ("set of 1", "1 of its 5"),
         ("set of 0", "0 of its 2"),
     ]
 
 
-def test_statistics_of_a_method():
-    num_genes = 200
-    sets, _ = mask_sets([known_set(20), known_set(10, start=60), known_set(40, start=100)])
-
-    def good_ids_first(visible):
-        # Knows the first set whole, and nothing else.
-        scores = np.zeros((len(visible), NUM_SPECIAL + num_genes), np.float32)
-        scores[:, NUM_SPECIAL : NUM_SPECIAL + 20] = 1
-        return scores
-
-    outcome = run_method("oracle", good_ids_first, sets, num_genes)
-    assert outcome.hits[0] == 16 and outcome.recall[0] == 1 and outcome.hits[1] == 0
-    assert [len(drawn) for drawn in outcome.drawn] == [16, 8, 32]
-    p = []
-    for masked, hits in zip(sets, outcome.hits, strict=True):
-        rest = num_genes - len(masked.visible)
-        drawn = hidden = len(masked.hidden)
-        table = [[hits, hidden - hits], [drawn - hits, rest - hidden - drawn + hits]]
-        p.append(scipy.stats.fisher_exact(table, alternative="greater").pvalue)
-    np.testing.assert_allclose(np.exp(outcome.log_p), p, rtol=1e-5)
-    np.testing.assert_allclose(np.exp(outcome.log_adjusted_p), scipy.stats.false_discovery_control(p), rtol=1e-5)
-    assert outcome.significant(0.05).tolist() == [True, False, False]
-    assert not outcome.significant(math.exp(outcome.log_adjusted_p[0]) / 2).any()
+def test_a_background_is_the_universe():
+    background = np.zeros(len(GENES), bool)
+    background[NUM_SPECIAL + 5 : NUM_SPECIAL + 105] = True
+    masked, skipped = mask_sets([known_set(25, outside=1), known_set(6)], background)
+    one = masked[0]
+    assert background[one.visible].all() and background[one.hidden].all()
+    assert (len(one.visible), len(one.hidden), one.outside, one.universe) == (4, 16, 6, 96)
+    assert skipped[0][1] == "1 of its 6 genes in the background; 2 are needed"
 
 
-def test_bootstrap_interval():
-    values = np.random.default_rng(0).random(400)
-    low, high = bootstrap_interval(values, seed=5)
-    assert (low, high) == bootstrap_interval(values, seed=5)
-    half_width = 1.96 * values.std() / 20
-    np.testing.assert_allclose([low, high], [values.mean() - half_width, values.mean() + half_width], atol=0.004)
-    assert bootstrap_interval(np.ones(1)) == (1.0, 1.0)
+@pytest.mark.parametrize(("share", "false"), [(0.0, 0), (0.2, 5), (0.5, 20)])
+def test_false_genes_make_up_their_share_of_the_prompt(share, false):
+    sets = [known_set(100)]
+    true = mask_sets(sets, GENES, seed=4)[0][0]
+    one = mask_sets(sets, GENES, seed=4, false_share=share)[0][0]
+    wrong = np.setdiff1d(one.visible, sets[0].ids)
+    assert len(wrong) == false and GENES[wrong].all() and len(one.visible) == 20 + false
+    # What is true and what is hidden stay the same, so that only the false genes differ.
+    assert set(true.visible) <= set(one.visible.tolist()) and one.hidden.tolist() == true.hidden.tolist()
+    assert one.universe == 1500 - len(one.visible)
+
+
+def test_the_last_genes_of_a_line_are_hidden():
+    sets = [set_on_a_line("a", 20, OUTSIDE, 21, 22, 23, OUTSIDE, 20, 24)]
+    counts = [DrawnCounts("a", hidden=5, drawn=9, universe=44_902, line=2)]
+    one = mask_last_genes(sets, counts, draw_hidden=False, num_candidates=1500)[0]
+    assert one.visible.tolist() == [20, 21]
+    # The gene that is unknown and the one that is visible already can't be found, and still count.
+    assert one.hidden.tolist() == [22, 23, 24]
+    assert (one.hidden_count, one.drawn_count, one.universe, one.outside) == (5, 9, 44_902, 2)
+    assert mask_last_genes(sets, counts, True, 1500)[0].drawn_count == 5
+
+
+def test_no_set_of_the_tcc_protocol_is_left_out():
+    sets = [set_on_a_line("a", OUTSIDE, 20, 21), set_on_a_line("b", 20, OUTSIDE)]
+    counts = [DrawnCounts("a", 2, 0, 44_902, 2), DrawnCounts("b", 1, 3, 44_902, 3)]
+    first, second = mask_last_genes(sets, counts, False, 1500)
+    assert len(first.visible) == 0 and first.drawn_count == 0
+    assert len(second.hidden) == 0 and second.hidden_count == 1
+
+
+@pytest.mark.parametrize("hidden", [0, 3, 4])
+def test_counts_that_a_line_cannot_have(hidden):
+    with pytest.raises(UserError, match="line 7 of the drawn counts"):
+        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts("a", hidden, 1, 44_902, 7)], False, 1500)
+
+
+def test_more_drawn_than_there_are():
+    with pytest.raises(UserError, match="line 7 of the drawn counts: 1,500 drawn"):
+        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts("a", 2, 1500, 44_902, 7)], False, 1500)
+
+
+SETS = [known_set(5), known_set(6)]
+HEADER = "library\tname\thits\tmissed\textra\tneither\tp_value\n"
+FIRST, SECOND = "lib\tset of 5\t1\t2\t3\t94\t0.5\n", "lib\tset of 6\t0\t4\t0\t96\t1\n"
+
+
+def test_drawn_counts_are_read(tmp_path):
+    (tmp_path / "counts.tsv").write_text(HEADER + FIRST + SECOND)
+    assert read_drawn_counts(tmp_path / "counts.tsv", SETS) == [
+        DrawnCounts("set of 5", 3, 4, 100, 2),
+        DrawnCounts("set of 6", 4, 0, 100, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "line 1: no column 'name'"),
+        (HEADER.replace("missed", "miss") + FIRST, "line 1: no column 'missed'"),
+        (HEADER + SECOND + FIRST, "line 2: set 'set of 6', but the GMT files have 'set of 5' there"),
+        (HEADER + FIRST, "line 3: ends after 1 sets, the GMT files hold 2"),
+        (HEADER + FIRST + SECOND + SECOND, "line 4: set 'set of 6', but the GMT files hold only 2"),
+        (HEADER + FIRST + SECOND.replace("\t4", "\tfour"), "line 3: hits, missed, extra, neither must be whole"),
+        (HEADER + FIRST.replace("\t94", "\t-94") + SECOND, "line 2: hits"),
+        (HEADER + FIRST + "lib\tset of 6\n", "line 3: 2 columns, the header has 7"),
+    ],
+)
+def test_bad_drawn_counts(tmp_path, content, message):
+    path = tmp_path / "counts.tsv"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_drawn_counts(path, SETS)
+    assert f"{path}: {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_binary_drawn_counts(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing", "binary"):
+        with pytest.raises(UserError, match=name):
+            read_drawn_counts(tmp_path / name, SETS)
+
+
+def test_the_rarest_third_of_the_genes_in_the_sets():
+    counts = np.zeros(NUM_SPECIAL + 9, np.int64)
+    counts[NUM_SPECIAL:] = [9, 3, 8, 2, 2, 4, 5, 1, 7]
+    sets = [known_set(4), known_set(6)]
+    # Of the counts 9 3 8 2 2 4 the lowest two are 2: all genes of the vocabulary at or below it are as rare.
+    assert (np.flatnonzero(rarest_third(counts, sets)) - NUM_SPECIAL).tolist() == [3, 4, 7]
+    assert not rarest_third(counts, [known_set(2)]).any()

@@ -43,9 +43,10 @@ def test_probabilities_leave_out_special_and_visible_ids():
     scores = np.zeros((1, 26), np.float32)
     scores[0, :NUM_SPECIAL] = 50
     scores[0, 17] = 50
-    ids, shares = top_genes(jnp.asarray(scores), jnp.array([[17, 0]], jnp.int32), 10)
+    ids, shares, found = top_genes(jnp.asarray(scores), jnp.array([[17, 0]], jnp.int32), 10)
     assert ids[0, :9].tolist() == [16, *range(18, 26)]
     np.testing.assert_allclose(shares[0], [1 / 9] * 9 + [0], rtol=1e-6)
+    assert found.tolist() == [9]
 
 
 def test_power_of_two():

@@ -13,7 +13,15 @@ from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import CheckpointWriter, describe, latest_step, read_checkpoint, restore_state
+from tcc_jax.training.checkpoint import (
+    CheckpointWriter,
+    describe,
+    find_checkpoint,
+    latest_step,
+    read_checkpoint,
+    restore_state,
+)
+from tcc_jax.training.saving import steps_to_keep
 from tcc_jax.training.sharding import make_mesh, replicated, with_sharding
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
@@ -93,29 +101,106 @@ def test_no_such_directory_and_no_checkpoint_inside(tmp_path, copy):
         read_checkpoint(copy)
 
 
-@pytest.mark.parametrize("damage", ["meta", "state", "array", "empty"])
-def test_a_damaged_checkpoint_is_named(copy, damage):
-    step = copy / "checkpoints" / "12"
-    if damage == "array":
-        # The arrays themselves: cut every data file short.
-        for path in step.rglob("*"):
-            if path.is_file() and "/d/" in path.as_posix():
-                path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "empty":
-        shutil.rmtree(step)
-        step.mkdir()
-    else:
-        shutil.rmtree(step / damage)
-    with pytest.raises(UserError, match="checkpoints/12: the checkpoint is damaged") as caught:
-        read_checkpoint(copy)
+def damage_state(step):
+    shutil.rmtree(step / "state")
+
+
+def cut_an_array(step):
+    path = largest_file(step)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(step):
+    path = largest_file(step)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit_the_record(step):
+    record = json.loads((step / "checkpoint.json").read_text())
+    (step / "checkpoint.json").write_text(json.dumps(record | {"step": 11}))
+
+
+def cut_the_record(step):
+    (step / "checkpoint.json").write_text((step / "checkpoint.json").read_text()[:-20])
+
+
+def unfinish(step):
+    (step / "checkpoint.json").unlink()
+
+
+def largest_file(step):
+    return max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = [
+    (damage_state, "is missing"),
+    (cut_an_array, "bytes, .* were written"),
+    (flip_a_bit, "SHA-256 differs"),
+    (edit_the_record, "checkpoint.json is not as it was written"),
+    (cut_the_record, "checkpoint.json is not a description"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), [*DAMAGES, (unfinish, "never finished: checkpoint.json is missing")])
+def test_a_damaged_checkpoint_is_named(copy, damage, words):
+    damage(copy / "checkpoints" / "12")
+    with pytest.raises(UserError, match=f"checkpoints/12: the checkpoint is damaged.*{words}") as caught:
+        read_checkpoint(copy / "checkpoints" / "12")
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_resuming_goes_past_a_damaged_checkpoint_only_when_asked_to(copy, damage, words):
+    damage(copy / "checkpoints" / "12")
+    said = []
+    with pytest.raises(UserError, match="--resume last-good goes on from the one before"):
+        find_checkpoint(copy, "latest", said.append)
+    assert said == []
+    step, meta = find_checkpoint(copy, "last-good", said.append)
+    assert (step, meta["step"]) == (3, 3)
+    assert len(said) == 1 and "checkpoints/12" in said[0] and said[0].endswith("going on from step 3")
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["12.damaged", "3"]
+    assert latest_step(copy) == 3
+    damage(copy / "checkpoints" / "3")
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        find_checkpoint(copy, "last-good", said.append)
+    assert (copy / "checkpoints" / "3").is_dir()
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_removed(copy):
+    unfinish(copy / "checkpoints" / "12")
+    assert latest_step(copy) == 3
+    with CheckpointWriter(copy, keep=2):
+        assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["3"]
+
+
+def test_which_checkpoints_are_kept():
+    recalls = {10: 0.5, 20: 0.7, 30: 0.7, 40: 0.6}
+    assert steps_to_keep([10, 20, 30, 40, 50], 1, 0, {}) == {50}
+    assert steps_to_keep([10, 20, 30, 40, 50], 2, 0, recalls) == {20, 40, 50}
+    assert steps_to_keep([10, 30, 40, 50], 1, 0, recalls) == {30, 50}
+    assert steps_to_keep([10, 20, 30, 40, 50], 1, 20, {}) == {20, 40, 50}
+
+
+def test_weights_of_format_1_open_and_a_run_does_not_go_on_from_them(copy):
+    for step in (3, 12):
+        folder = copy / "checkpoints" / str(step)
+        record = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").unlink()
+        (folder / "meta").mkdir()
+        (folder / "meta" / "metadata").write_text(json.dumps(record | {"format_version": 1}))
+    assert read_checkpoint(copy).step == 12
+    with pytest.raises(UserError, match=r"checkpoint format 1 can be used, but not gone on with.*--init-from"):
+        find_checkpoint(copy, "latest", print)
+
+
 def test_another_format_is_refused(copy):
-    [file] = [path for path in (copy / "checkpoints" / "12" / "meta").iterdir() if "format_version" in path.read_text()]
+    file = copy / "checkpoints" / "12" / "checkpoint.json"
     meta = json.loads(file.read_text())
     file.write_text(json.dumps(meta | {"format_version": 99}))
-    with pytest.raises(UserError, match="checkpoint format 99, this tcc_jax reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 99, this tcc_jax reads 2; open it with the version"):
         read_checkpoint(copy)
 
 

@@ -1,9 +1,11 @@
 """A run from start to end: resumed to the bit, stopped on a loss that is no number, refused where it does not fit."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -14,10 +16,15 @@ from tcc_jax.config import from_dict
 from tcc_jax.corpus.loader import make_loader
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
-from tcc_jax.training import loop
+from tcc_jax.training import loop, saving
+from tcc_jax.training import step as step_module
 from tcc_jax.training.checkpoint import latest_step, restore_state
+from tcc_jax.training.locks import flock
 from tcc_jax.training.loop import train
-from tcc_jax.training.sharding import make_mesh
+from tcc_jax.training.optimizer import learning_rate
+from tcc_jax.training.preemption import Stop
+from tcc_jax.training.records import whole_steps
+from tcc_jax.training.sharding import make_mesh, shard_batch
 from tcc_jax.training.state import abstract_state
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config
@@ -48,6 +55,11 @@ def state_at(config, step):
 def lines_of(config):
     text = (Path(config.run.directory) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def recall_of(values):
+    """Return a `make_recall` whose recall at a step is `values[step]`."""
+    return lambda config, corpus: lambda params, step, poll: values.get(step, 0.0)
 
 
 def same_numbers(lines):
@@ -96,11 +108,20 @@ def test_what_a_run_leaves_behind(finished, capsys):
     directory = Path(finished.run.directory)
     corpus = open_corpus(finished.data.corpus)
     assert sorted(path.name for path in directory.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
+        "environment.json",
         "genes.tsv",
         "metrics.jsonl",
+        "status.json",
+        "train.log",
     ]
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"], status["pid"]) == ("finished", 10, 10, os.getpid())
+    [start] = json.loads((directory / "environment.json").read_text())["starts"]
+    assert start["step"] == 0 and start["packages"]["jax"] == jax.__version__
+    assert "49 training sets" in (directory / "train.log").read_text()
     assert from_dict(json.loads((directory / "config.json").read_text())) == finished
     assert (directory / "genes.tsv").read_bytes() == (corpus.path / "genes.tsv").read_bytes()
     training = [line for line in lines_of(finished) if "loss" in line]
@@ -110,6 +131,7 @@ def test_what_a_run_leaves_behind(finished, capsys):
     assert list(training[0]) == [
         "step",
         "loss",
+        "skipped_steps",
         "learning_rate",
         "gradient_norm",
         "tokens_per_second",
@@ -124,36 +146,222 @@ def test_what_a_run_leaves_behind(finished, capsys):
     assert lines_of(finished)[-1]["step"] == 10
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(corpus, tmp_path, monkeypatch):
-    config = config_of(corpus, tmp_path / "run")
-    make_train_step = loop.make_train_step
+def poison(patch, steps):
+    """Make the loss of some steps (from 1) not a number, inside the jitted step."""
+    plain = step_module._loss
 
-    def with_nan(*arguments):
-        train_step = make_train_step(*arguments)
+    def poisoned_loss(config, size, params, batch, key, *, training):
+        loss_sum, scored = plain(config, size, params, batch, key, training=training)
+        return loss_sum * batch["poison"].mean() if training else loss_sum, scored
 
-        def step(state, batch):
-            state, metrics = train_step(state, batch)
-            return state, metrics | {"loss_sum": metrics["loss_sum"] + np.where(state.step >= 10, np.nan, 0)}
+    def poisoned_loader(corpus, split, *, start_step, **settings):
+        loader = make_loader(corpus, split, start_step=start_step, **settings)
+        return PoisonedLoader(loader, start_step) if split == "train" else loader
 
-        return step
+    class PoisonedLoader:
+        def __init__(self, loader, start_step):
+            self.loader, self.start_step, self.steps_per_epoch = loader, start_step, loader.steps_per_epoch
 
-    monkeypatch.setattr(loop, "make_train_step", with_nan)
-    with pytest.raises(UserError, match="step 10: the loss or its gradient is not a number"):
+        def __iter__(self):
+            for number, batch in enumerate(self.loader, self.start_step + 1):
+                factor = np.nan if number in steps else 1.0
+                yield batch | {"poison": np.full(len(batch["tokens"]), factor, np.float32)}
+
+    patch.setattr(step_module, "_loss", poisoned_loss)
+    patch.setattr(loop, "make_loader", poisoned_loader)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys):
+    config = config_of(corpus, tmp_path / "run", training={"log_every": 2})
+    poison(monkeypatch, {6})
+    train(config)
+    before, after, last = (state_at(config, step) for step in (5, 10, 10))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (10, 1, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
+    lines = {line["step"]: line for line in lines_of(config) if "loss" in line}
+    assert [lines[step]["skipped_steps"] for step in (2, 4, 6, 8, 10)] == [0, 0, 1, 0, 0]
+    assert lines[6]["gradient_norm"] is None
+    # The schedule waited for one update: step 8 has the rate that step 7 would have had.
+    expected = learning_rate(config.optimizer, 10, 6)
+    assert lines[8]["learning_rate"] == pytest.approx(float(expected), rel=1e-6)
+    assert int(before.skipped) == 0
+    assert "step 6: update skipped: loss nan" in capsys.readouterr().err
+
+
+def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpus, tmp_path, monkeypatch):
+    config = config_of(corpus, tmp_path / "run", training={"skips_before_stop": 3})
+    poison(monkeypatch, range(7, 100))
+    with pytest.raises(UserError, match="step 9: the loss or its gradient was not finite 3 times in a row") as caught:
         train(config)
-    assert latest_step(tmp_path / "run") == 5
+    assert "the last checkpoint is of step 9" in str(caught.value)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    state = state_at(config, 9)
+    assert int(state.skipped_in_a_row) == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    saved = np.load(tmp_path / "run" / "skipped" / "step-9-host-0.npz", allow_pickle=False)
+    assert np.isnan(saved["poison"]).all()
+    expected = next(iter(loop._loader(config, open_corpus(corpus), "train", 8)))
+    np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
 
 
-def test_an_interrupt_saves_and_the_run_goes_on_from_there(corpus, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_from_there(corpus, finished, tmp_path, monkeypatch, capsys, number):
     config = config_of(corpus, tmp_path / "run")
     with monkeypatch.context() as patch:
-        disturb(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    step = latest_step(tmp_path / "run")
-    assert step == 7
-    assert f"step {step} is saved" in capsys.readouterr().err
+        disturb(patch, 7, lambda: (os.kill(os.getpid(), number), time.sleep(0.2)))
+        train(config)
+    assert latest_step(tmp_path / "run") == 7
+    assert f"{number.name}: step 7 is saved" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
     train(config)
     jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
+    assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_an_evaluation_given_up_is_made_when_the_run_goes_on(corpus, tmp_path, step):
+    def make_recall(config, corpus):
+        def recall(params, at, poll):
+            if at == step:
+                stop.reason = "asked"
+                poll()
+            return at / 100
+
+        return recall
+
+    stop, config = Stop(), config_of(corpus, tmp_path / "run")
+    train(config, stop, make_recall)
+    assert latest_step(tmp_path / "run") == step
+    assert [line["step"] for line in lines_of(config) if "validation_loss" in line] == [5][: step // 5 - 1]
+    recalls = recall_of({5: 0.05, 10: 0.1})
+    for _ in range(2):
+        train(config, Stop(), recalls)
+    straight = config_of(corpus, tmp_path / "straight")
+    train(straight, Stop(), recalls)
+    assert same_numbers(lines_of(config)) == same_numbers(lines_of(straight))
+    jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(straight, 10))
+
+
+def test_the_best_recall_is_saved_and_kept(corpus, tmp_path):
+    config = config_of(corpus, tmp_path / "run", training={"eval_every": 2}, checkpoint={"every_steps": 5, "keep": 1})
+    train(config, make_recall=recall_of({2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 10: 0.1}))
+    assert whole_steps(tmp_path / "run") == [4, 10]
+    assert [line["validation_recall"] for line in lines_of(config) if "validation_recall" in line] == [
+        0.1,
+        0.3,
+        0.2,
+        0.3,
+        0.1,
+    ]
+
+
+def test_saves_by_time_change_no_number(corpus, tmp_path, monkeypatch):
+    sections = {"training": {"log_every": 4}}
+    often = config_of(
+        corpus, tmp_path / "often", checkpoint={"every_minutes": 1e-9, "every_steps": 99, "keep": 99}, **sections
+    )
+    with monkeypatch.context() as patch:
+        disturb(patch, 7, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(often)
+    # In the middle of a line of metrics, and of the sums it is the mean of.
+    assert whole_steps(tmp_path / "often") == [1, 2, 3, 4, 5, 6]
+    train(often)
+    never = config_of(corpus, tmp_path / "never", checkpoint={"every_minutes": 0, "every_steps": 99}, **sections)
+    train(never)
+    assert whole_steps(tmp_path / "never") == [10]
+    assert same_numbers(lines_of(often)) == same_numbers(lines_of(never))
+    jax.tree.map(np.testing.assert_array_equal, state_at(often, 10), state_at(never, 10))
+
+
+def test_a_save_that_fails_does_not_stop_the_run_unless_it_is_the_last(corpus, finished, tmp_path, monkeypatch, capsys):
+    seal = saving.seal
+
+    def full_at(*steps):
+        def fail(folder, meta):
+            if meta["step"] in steps:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            seal(folder, meta)
+
+        return fail
+
+    config = config_of(corpus, tmp_path / "run", checkpoint={"every_steps": 2})
+    monkeypatch.setattr(saving, "seal", full_at(4, 10))
+    with pytest.raises(UserError, match=r"step 10 could not be saved: .*No space left"):
+        train(config)
+    assert whole_steps(tmp_path / "run") == [2, 6, 8]
+    assert "step 4 could not be saved" in capsys.readouterr().err
+    monkeypatch.setattr(saving, "seal", seal)
+    train(config)
+    assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+    jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_asked_to(corpus, finished, tmp_path, capsys):
+    shutil.copytree(finished.run.directory, tmp_path / "run")
+    [*_, file] = sorted((tmp_path / "run" / "checkpoints" / "10").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"checkpoints/10: the checkpoint is damaged.*--resume last-good"):
+        train(config_of(corpus, tmp_path / "run"))
+    config = config_of(corpus, tmp_path / "run", checkpoint={"resume": "last-good"})
+    train(config)
+    assert "put aside, going on from step 5" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
+    assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+
+
+def test_a_run_moves_between_meshes_and_sees_the_same_batches(corpus, tmp_path, monkeypatch):
+    def seen_by(sizes_and_steps, directory):
+        seen = []
+
+        def remember(batch, mesh):
+            array = shard_batch(batch, mesh)
+            seen.append(np.asarray(array["tokens"]))
+            return array
+
+        monkeypatch.setattr(loop, "shard_batch", remember)
+        for size, steps in sizes_and_steps:
+            sections = {"training": {"steps": steps, "eval_every": 0}, "mesh": {"data": size}}
+            # The schedule must not depend on where the run stops.
+            train(config_of(corpus, directory, optimizer={"final_fraction": 1.0}, **sections))
+        losses = [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        return seen, losses
+
+    moved, moved_losses = seen_by([(8, 4), (4, 7), (1, 10)], tmp_path / "moved")
+    straight, straight_losses = seen_by([(1, 10)], tmp_path / "straight")
+    np.testing.assert_array_equal(moved, straight)
+    np.testing.assert_allclose(moved_losses, straight_losses, rtol=1e-4)
+
+
+def test_a_new_run_starts_from_old_weights_on_purpose(corpus, finished, tmp_path):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        optimizer={"learning_rate": 0.0},
+        checkpoint={"init_from": finished.run.directory},
+        training={"steps": 1},
+    )
+    train(config)
+    old, new = state_at(finished, 10), state_at(config, 1)
+    jax.tree.map(np.testing.assert_array_equal, new.params, old.params)
+    assert (int(new.step), int(old.step)) == (1, 10)
+    train(config)
+
+
+def test_weights_that_do_not_fit_leave_no_folder_behind(corpus, finished, tmp_path):
+    init = {"init_from": finished.run.directory}
+    wider = config_of(corpus, tmp_path / "run", model={"width": 32}, checkpoint=init)
+    with pytest.raises(UserError, match=r"its blocks.0.attention.key.kernel is \(16, 16\), this run's is \(32, 32\)"):
+        train(wider)
+    other = write_small_corpus(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
+        train(config_of(other, tmp_path / "deep" / "run", checkpoint=init))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "deep").exists()
+
+
+def test_a_second_process_is_refused(corpus, finished):
+    with flock(Path(finished.run.directory)), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+        train(finished)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +369,11 @@ def test_an_interrupt_saves_and_the_run_goes_on_from_there(corpus, finished, tmp
     [
         ({"model": {"num_layers": 2}}, "model.num_layers = 2, but the checkpoint to resume from has 1"),
         ({"model": {"position": "rope", "width": 32}}, "model.width = 32"),
+        ({"optimizer": {"learning_rate": 0.1}}, "optimizer.learning_rate = 0.1, but the checkpoint .* has 0.01"),
+        ({"training": {"batch_rows": 16}}, "training.batch_rows = 16.*--init-from"),
     ],
 )
-def test_another_model_is_refused(corpus, finished, sections, words):
+def test_another_configuration_is_refused(corpus, finished, sections, words):
     with pytest.raises(UserError, match=words):
         train(config_of(corpus, finished.run.directory, **sections))
 
@@ -184,6 +394,13 @@ def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):
     with pytest.raises(UserError, match="is a file"):
         train(config_of(corpus, tmp_path / "letters.txt"))
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_a_bucket_is_no_path(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"run.directory = gs://bucket/run: must be a path of this machine"):
+        train(config_of(corpus, "gs://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_leaves_no_folder_behind(corpus, tmp_path):

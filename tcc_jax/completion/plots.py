@@ -1,0 +1,212 @@
+"""The plots of a report, as PNG and SVG: significance, recall, sizes and libraries, curves, calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tcc_jax.completion.page import Plot
+
+if TYPE_CHECKING:
+    from tcc_jax.completion.report import Report
+
+# Okabe & Ito's colours, which colour-blind readers tell apart; the marks differ in shape as well.
+_COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_MARKS = ("o", "s", "x", "^", "D", "v", "P")
+_TICKS = (0, 0.5, *(digit * 10**power for power in range(5) for digit in (1, 2, 5)))
+_LIBRARIES_SHOWN = 10
+_NAME_SHOWN = 40
+
+
+def draw_plots(report: Report, folder: Path) -> list[Plot]:
+    """Draw every plot the report has the numbers for, as NAME.png and NAME.svg in the folder."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for plot, size, draw in _plots(report):
+        figure = Figure(figsize=size, layout="constrained")
+        # The same report gives the same bytes.
+        with matplotlib.rc_context({"svg.hashsalt": "tcc_jax", "font.size": 10}):
+            draw(figure)
+            figure.savefig(folder / f"{plot.name}.png", dpi=130)
+            figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
+        drawn.append(plot)
+    return drawn
+
+
+def _plots(report: Report) -> list[tuple[Plot, tuple[float, float], Callable[[Any], None]]]:
+    height = 1.2 + 0.4 * len(report.outcomes)
+    groups = {"by_hidden_count": "number of hidden genes", "by_library": "library"}
+    plots: list[tuple[Plot, tuple[float, float], Callable[[Any], None]]] = [
+        (
+            Plot("significance", "Overlap of drawn and hidden genes, set by set, each method in its own order."),
+            (8, 5), lambda figure: _significance(report, figure),
+        ),
+        (
+            Plot("recall", "Mean recall of each method, with bootstrap 95 % intervals over sets."),
+            (8, height), lambda figure: _recall(report, figure),
+        ),
+    ]  # fmt: skip
+    for key, what in groups.items():
+        rows = report.subsets[key]
+        names = list(dict.fromkeys(row["subset"] for row in rows))[:_LIBRARIES_SHOWN]
+        plots.append(
+            (
+                Plot(f"recall_{key}", f"Mean recall by {what}, with bootstrap 95 % intervals over sets."),
+                (8, 1.6 + len(names) * (0.15 + 0.1 * len(report.outcomes))),
+                lambda figure, rows=rows, names=names, what=what: _groups(report, figure, rows, names, what),  # type: ignore[misc]
+            )
+        )
+    labels = {"sweep": "visible share of a set [%]", "noise": "share of false genes in the prompt [%]"}
+    for name, label in labels.items():
+        if name in report.curves:
+            plots.append(
+                (
+                    Plot(name, f"Mean recall by {label.split(' [')[0]}, with bootstrap 95 % intervals over sets."),
+                    (8, 4.5), lambda figure, name=name, label=label: _curve(report, figure, name, label),  # type: ignore[misc]
+                )
+            )  # fmt: skip
+    if report.outcomes[0].calibration is not None:
+        caption = (
+            "Calibration: expected hits of a gene against how often it is hidden; bins without a hit are not shown."
+        )
+        plots.append((Plot("calibration", caption), (6, 5.5), lambda figure: _calibration(report, figure)))
+    return plots
+
+
+def _significance(report: Report, figure: Any) -> None:
+    from matplotlib.colors import to_rgb
+
+    axes = figure.add_subplot()
+    ranks = np.arange(1, len(report.sets) + 1)
+    # The model is drawn last, on top.
+    for place, outcome in reversed(list(enumerate(report.outcomes))):
+        heights = np.sort(np.maximum(-outcome.log_adjusted_p[0] / math.log(10), 0.0))[::-1]
+        count = int(outcome.significant(report.alpha)[0].sum())
+        colour = np.array(to_rgb(_COLOURS[place % len(_COLOURS)]))
+        style: dict[str, Any] = {
+            "marker": _MARKS[place % len(_MARKS)],
+            "markersize": 4 if place == 0 else 3,
+            "linestyle": "none",
+        }
+        label = f"{outcome.method}: {count:,} of {len(ranks):,} significant"
+        axes.plot(ranks[:count], heights[:count], color=tuple(colour), label=label, **style)
+        axes.plot(ranks[count:], heights[count:], color=tuple(0.35 * colour + 0.65), **style)
+    threshold = -math.log10(report.alpha)
+    axes.axhline(threshold, color="0.3", linewidth=1, linestyle="--")
+    axes.annotate(
+        f"adjusted p = {report.alpha:g}", (0.0, threshold), xycoords=("axes fraction", "data"),
+        xytext=(30, 3), textcoords="offset points", ha="left", va="bottom", color="0.3", fontsize=9,
+    )  # fmt: skip
+    # Linear up to 1 and logarithmic above: p = 1 has a place, and one set at 1e-200 does not flatten the rest.
+    axes.set_yscale("symlog", linthresh=1)
+    top = max(axes.get_ylim()[1], 2 * threshold)
+    axes.set_yticks([tick for tick in _TICKS if tick <= top], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(-0.05, top)
+    axes.set_xlabel("sets, most significant first (each method in its own order; first seed)")
+    axes.set_ylabel("-log10 of the adjusted p-value")
+    axes.set_title("Overlap of drawn and hidden genes; pale marks are not significant")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False)
+
+
+def _recall(report: Report, figure: Any) -> None:
+    axes = figure.add_subplot()
+    for place, row in enumerate(report.methods):
+        recall = row["metrics"]["recall"]
+        _point(axes, recall["mean"], recall["low"], recall["high"], place, place, label=None)
+        axes.annotate(
+            f"{recall['mean']:.3f}", (recall["high"], place), xytext=(6, 0), textcoords="offset points", va="center"
+        )
+    _rows_of(axes, [row["method"] for row in report.methods])
+    axes.set_xlim(0, 1.12 * max(row["metrics"]["recall"]["high"] for row in report.methods) + 0.01)
+    axes.set_xlabel("recall at the drawn count, mean over sets and 95 % interval")
+    axes.set_title("Share of the hidden genes that are found")
+
+
+def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequence[str], what: str) -> None:
+    axes = figure.add_subplot()
+    count = len(report.outcomes)
+    for place, outcome in enumerate(report.outcomes):
+        chosen = [row for row in rows if row["method"] == outcome.method and row["subset"] in names]
+        for row in chosen:
+            height = names.index(row["subset"]) + (place - (count - 1) / 2) * 0.7 / count
+            label = outcome.method if row is chosen[0] else None
+            _point(axes, row["recall"], row["low"], row["high"], height, place, label)
+    sizes = {row["subset"]: row["sets"] for row in rows}
+    shown = [name if len(name) <= _NAME_SHOWN else name[: _NAME_SHOWN - 1] + "…" for name in names]
+    _rows_of(axes, [f"{text}\n{sizes[name]:,} sets" for text, name in zip(shown, names, strict=True)])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("recall at the drawn count, mean over sets and 95 % interval")
+    axes.set_title(f"Recall by {what}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def _curve(report: Report, figure: Any, name: str, label: str) -> None:
+    axes = figure.add_subplot()
+    points = report.curves[name]
+    shares = [100 * share for share, _ in points]
+    body = report.body()["curves"][name]
+    for place, outcome in enumerate(points[0][1]):
+        rows = [row for row in body if row["method"] == outcome.method]
+        means, low, high = (np.array([row[key] for row in rows]) for key in ("recall", "low", "high"))
+        colour = _COLOURS[place % len(_COLOURS)]
+        axes.errorbar(
+            shares, means, (means - low, high - means), color=colour, marker=_MARKS[place % len(_MARKS)],
+            capsize=3, markersize=5, linewidth=1.2, label=outcome.method,
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(shares)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("recall at the drawn count")
+    axes.set_title(f"Recall by {label.split(' [')[0]} (mean over sets, 95 % interval; first seed)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
+def _calibration(report: Report, figure: Any) -> None:
+    calibration = report.outcomes[0].calibration
+    assert calibration is not None
+    axes = figure.add_subplot()
+    enough = calibration.frequency > 0
+    expected, frequency = calibration.expected[enough], calibration.frequency[enough]
+    low, high = _wilson(frequency, calibration.genes[enough])
+    axes.errorbar(
+        expected, frequency, np.maximum((frequency - low, high - frequency), 0), color=_COLOURS[0],
+        marker="o", markersize=5, linestyle="none", capsize=3, label="genes of all sets, binned; 95 % interval",
+    )  # fmt: skip
+    ends = [min(expected.min(), frequency.min()), max(1.0, expected.max())]
+    axes.plot(ends, ends, color="0.4", linestyle="--", linewidth=1, label="perfectly calibrated")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("expected hits of a gene: its share of the probability x the hidden count")
+    axes.set_ylabel("share of these genes that are hidden")
+    axes.set_title("Calibration of the model (first seed)")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Wilson's score interval (1927): unlike share +- 1.96 deviations it stays between 0 and 1, for a log scale.
+    z2 = 1.96**2 / count
+    half = np.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+
+
+def _point(axes: Any, value: float, low: float, high: float, height: float, place: int, label: str | None) -> None:
+    axes.errorbar(
+        [value], [height], xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=_COLOURS[place % len(_COLOURS)],
+        marker=_MARKS[place % len(_MARKS)], markersize=5, capsize=3, linestyle="none", label=label,
+    )  # fmt: skip
+
+
+def _rows_of(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)

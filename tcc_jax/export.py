@@ -1,0 +1,45 @@
+"""`python -m tcc_jax.export --checkpoint DIR --out DIR`: weights in safetensors, readable without Orbax or JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tcc_jax.terminal import parse_arguments, run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export, and where to."""
+
+    checkpoint: Path
+    """A run directory (its latest step), or one step inside it (RUN/checkpoints/STEP)."""
+    out: Path
+    """Folder to write: model.safetensors, config.json and genes.tsv."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the arrays; bfloat16 halves the size."""
+    overwrite: bool = False
+    """Take the place of a folder that is there."""
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(_export)
+
+
+def _export() -> None:
+    options = parse_arguments(
+        Options, prog="python -m tcc_jax.export", description="Export a checkpoint as safetensors, JSON and a table."
+    )
+    # Imported here: --help and mistakes answer before the seconds that jax takes to import.
+    from tcc_jax.training.checkpoint import read_checkpoint
+    from tcc_jax.training.exports import write_export
+
+    checkpoint = read_checkpoint(options.checkpoint)
+    write_export(checkpoint, options.out, options.dtype, overwrite=options.overwrite)
+    print(f"{options.out}: step {checkpoint.step:,}, {options.dtype}")
+
+
+if __name__ == "__main__":
+    main()

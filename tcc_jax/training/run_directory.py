@@ -1,0 +1,158 @@
+"""A run directory and the story it tells: who may write into it, how it was started, how it goes.
+
+config.json       the configuration, as of the latest start
+environment.json  every start: time, command, host, versions, devices, the step it went on from
+train.log         what was said on standard error
+metrics.jsonl     losses and rates (`tcc_jax.training.metrics`)
+genes.tsv         what the ids mean
+checkpoints/STEP  `tcc_jax.training.checkpoint`; STEP.damaged was put aside by --resume last-good
+skipped/          batches whose loss was not finite, when that stopped the run
+status.json       state, step, time: replaced whole, for scripts that poll
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tcc_jax.config import Config
+from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.terminal import UserError, log
+from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
+from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
+from tcc_jax.training.records import replace_text
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+LOG_FILE = "train.log"
+METRICS_FILE = "metrics.jsonl"
+STATUS_FILE = "status.json"
+STATUS_VERSION = 1
+_BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
+_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "SLURM_JOB_ID")
+
+
+class RunDirectory:
+    """A run directory held by this process; with several hosts only the first one writes.
+
+    Args:
+        path: the folder.
+        steps: of the whole run, for status.json.
+    """
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path = path
+        self._writes = jax.process_index() == 0
+        self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
+        self._written = 0.0
+
+    def status(self, state: str, **values: Any) -> None:
+        """Replace status.json; where only numbers change, at most once a second.
+
+        Args:
+            state: starting, compiling, training, evaluating, saving, and at the end finished, stopped or failed. A
+                process that was killed leaves what it did last: `pid`, `host` and an old `time` tell.
+            values: `step` (taken), `checkpoint` (latest step saved, or null), `loss`, `message`.
+        """
+        now = time.time()
+        changed = state != self._status["state"] or values.keys() & {"message", "checkpoint"}
+        self._status |= {"state": state} | values
+        if not self._writes or (not changed and now - self._written < 1):
+            return
+        self._written = now
+        stamp = {"pid": os.getpid(), "host": socket.gethostname(), "time": _time()}
+        # A full disk must not end a run for the sake of its status.
+        with contextlib.suppress(OSError):
+            replace_text(self.path / STATUS_FILE, json.dumps(self._status | stamp) + "\n")
+
+    def log(self, message: str) -> None:
+        """Print a line on standard error and add it to train.log."""
+        log(message)
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """Add a line to train.log alone."""
+        if self._writes:
+            with contextlib.suppress(OSError), open(self.path / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(f"{_time()} {message}\n")
+
+    def describe(self, config: Config, vocabulary: Vocabulary, step: int) -> None:
+        """Write config.json and genes.tsv, and add this start, which goes on from `step`, to environment.json."""
+        if not self._writes:
+            return
+        replace_text(self.path / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        vocabulary.write(self.path / VOCABULARY_FILE)
+        path = self.path / ENVIRONMENT_FILE
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = []
+        starts.append(
+            {
+                "time": _time(),
+                "step": step,
+                "command": sys.argv,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "system": platform.platform(),
+                "python": platform.python_version(),
+                "packages": packages(),
+                "devices": [device.device_kind for device in jax.devices()],
+                "processes": jax.process_count(),
+                "variables": {name: text for name, text in os.environ.items() if name.startswith(_ENVIRONMENT)},
+            }
+        )
+        replace_text(path, json.dumps({"format_version": 1, "starts": starts}, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
+    """Make the run directory if it is not there, and hold it; a folder made here is removed if nothing came of it.
+
+    Raises:
+        UserError: a file, a folder that is no run, or a run another process works on.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; choose another run.directory")
+    is_run = (path / CONFIG_FILE).exists() or jax.process_index() > 0
+    if path.is_dir() and not is_run and {entry.name for entry in path.iterdir()} - _BEFORE_THE_FIRST_STEP:
+        raise UserError(f"{path}: not empty and not a run of tcc_jax; choose another run.directory")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    with hold(path, _overtaken) if jax.process_index() == 0 else contextlib.nullcontext():
+        directory = RunDirectory(path, steps)
+        try:
+            yield directory
+        except BaseException as error:
+            directory.status("failed", message=" ".join(str(error).split()) or type(error).__name__)
+            if made and not (path / CONFIG_FILE).exists():
+                _remove(path, made)
+            raise
+
+
+def _overtaken(reason: str) -> None:
+    log(f"error: {reason}; ending at once, before the files of two runs mix")
+    os._exit(1)
+
+
+def _remove(path: Path, made: list[Path]) -> None:
+    for name in _BEFORE_THE_FIRST_STEP:
+        (path / name).unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _time() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,79 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tcc_jax.completion.sets import (
+    OUTSIDE,
+    KnownSet,
+    best_training_jaccard,
+    choose_sets,
+    read_background,
+    sets_from_gmt,
+    training_sets,
+)
+from tcc_jax.corpus.symbols import SymbolTable
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.terminal import UserError
+from tests.completion.tiny import make_corpus, write_hgnc
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def table(tmp_path):
+    return SymbolTable.read(write_hgnc(tmp_path / "hgnc.tsv"))
+
+
+def test_lines_keep_their_order_and_unknown_genes(tmp_path, corpus, table):
+    (tmp_path / "file.gmt").write_text("a\tsource\tG3\tOLD1\tNOPE\tG1\tG3\tG0\nb\t\tG5\n")
+    sets, *_ = sets_from_gmt([tmp_path / "file.gmt"], table, corpus.vocabulary, "description")
+    assert sets[0].line.tolist() == [NUM_SPECIAL + 3, NUM_SPECIAL + 1, OUTSIDE, NUM_SPECIAL + 1, NUM_SPECIAL]
+    assert sets[0].ids.tolist() == [NUM_SPECIAL + 3, NUM_SPECIAL + 1, NUM_SPECIAL]
+    assert [one.library for one in sets] == ["source", "file"]
+    sets, *_ = sets_from_gmt([tmp_path / "file.gmt"], table, corpus.vocabulary)
+    assert [one.library for one in sets] == ["file", "file"]
+
+
+def test_best_jaccard_equals_a_slow_loop(corpus):
+    train = [set(corpus.genes(int(index)).tolist()) for index in corpus.indices("train")]
+    flat = training_sets(corpus)
+    assert [set(flat.tokens[a:b].tolist()) for a, b in zip(flat.offsets, flat.offsets[1:], strict=False)] == train
+    rng = np.random.default_rng(0)
+    sets = [KnownSet("near", "lib", np.array(sorted(train[4]), np.int32)), KnownSet("none", "lib", np.empty(0, int), 2)]
+    for outside in (0, 1, 5):
+        ids = NUM_SPECIAL + rng.choice(60, 9, replace=False).astype(np.int32)
+        sets += [KnownSet("random", "lib", ids, outside), dataclasses.replace(sets[0], outside=outside)]
+    expected = [
+        max(len(one & set(known.ids)) / (len(one | set(known.ids)) + known.outside) for one in train) for known in sets
+    ]
+    np.testing.assert_allclose(best_training_jaccard(corpus, sets), expected, rtol=1e-6)
+
+
+def test_choose_sets():
+    sets = [KnownSet(str(index), "lib", np.empty(0, np.int32)) for index in range(50)]
+    assert choose_sets(sets, None, 0) is sets and choose_sets(sets, 50, 0) is sets
+    chosen = [int(one.name) for one in choose_sets(sets, 10, 3)]
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen)
+    assert chosen == [int(one.name) for one in choose_sets(sets, 10, 3)]
+    assert chosen != [int(one.name) for one in choose_sets(sets, 10, 4)]
+
+
+def test_background(tmp_path, corpus, table, capsys):
+    path = tmp_path / "background.txt"
+    path.write_text("G0\nOLD1 G7\tNOPE\nG99\n")
+    background = read_background(path, table, corpus.vocabulary)
+    assert np.flatnonzero(background).tolist() == [NUM_SPECIAL, NUM_SPECIAL + 1, NUM_SPECIAL + 7]
+    assert "3 genes; 2 others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"", b"NOPE\n", b"\xff\xfe\x00G1"])
+def test_bad_backgrounds(tmp_path, corpus, table, content):
+    path = tmp_path / "background.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"--background .*background\.txt"):
+        read_background(path, table, corpus.vocabulary)

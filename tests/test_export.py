@@ -1,0 +1,125 @@
+"""`python -m tcc_jax.export`: what it writes opens without Orbax, and like a checkpoint."""
+
+import json
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import tcc_jax
+from tcc_jax import export
+from tcc_jax.corpus.store import open_corpus
+from tcc_jax.terminal import UserError
+from tcc_jax.training.checkpoint import CheckpointWriter, describe, read_checkpoint
+from tcc_jax.training.sharding import make_mesh
+from tcc_jax.training.state import create_state, frequency_bias
+from tests.training.corpora import write_small_corpus
+from tests.training.runs import small_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    corpus = open_corpus(write_small_corpus(folder / "corpus"))
+    config = small_config(run={"directory": str(folder / "run")}, model={"position": "learned"})
+    bias_V = frequency_bias(corpus.vocabulary.counts, 49)
+    state = create_state(config, corpus.vocabulary.size, bias_V, make_mesh(1, 8))
+    (folder / "run").mkdir()
+    corpus.vocabulary.write(folder / "run" / "genes.tsv")
+    with CheckpointWriter(folder / "run", keep=2) as writer:
+        writer.save(3, state, describe(config, corpus, 3, 1.5))
+    return folder / "run"
+
+
+def run_export(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tcc_jax.export", *map(str, arguments)])
+    export.main()
+
+
+def test_an_export_opens_like_its_checkpoint(run, tmp_path, monkeypatch, capsys):
+    run_export(monkeypatch, "--checkpoint", run, "--out", tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: step 3, float32\n"
+    files = ["config.json", "genes.tsv", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    checkpoint, exported = read_checkpoint(run), read_checkpoint(tmp_path / "out")
+    assert (exported.step, exported.config, exported.run_directory) == (3, checkpoint.config, tmp_path / "out")
+    assert exported.vocabulary.hash == checkpoint.vocabulary.hash
+    size = checkpoint.vocabulary.size
+
+    def equal(path, array, other):
+        name = jax.tree_util.keystr(path)
+        assert array.shape == other.shape and array.dtype == other.dtype
+        rows = size if name in ("['embedding']", "['output_bias']") else len(array)
+        np.testing.assert_array_equal(array[:rows], other[:rows], err_msg=name)
+
+    jax.tree.map_with_path(equal, checkpoint.params, exported.params)
+    prompt = ["GENE00", "GENE07", "GENE03"]
+    assert tcc_jax.load(str(tmp_path / "out")).complete(prompt) == tcc_jax.load(str(run)).complete(prompt)
+
+
+def test_the_arrays_have_the_documented_names_and_shapes(run, tmp_path, monkeypatch):
+    run_export(monkeypatch, "--checkpoint", run / "checkpoints" / "3", "--out", tmp_path / "out")
+    arrays = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    size = len((tmp_path / "out" / "genes.tsv").read_text().splitlines()) - 1
+    square = {f"blocks.0.attention.{name}.kernel": (16, 16) for name in ("query", "key", "value", "output")}
+    assert {name: array.shape for name, array in arrays.items()} == square | {
+        "embedding": (size, 16),
+        "output_bias": (size,),
+        "position_embedding": (32, 16),
+        "final_norm.scale": (16,),
+        "blocks.0.attention_norm.scale": (16,),
+        "blocks.0.feed_forward_norm.scale": (16,),
+        "blocks.0.feed_forward.expand.kernel": (16, 64),
+        "blocks.0.feed_forward.contract.kernel": (64, 16),
+    }
+    description = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (description["format"], description["format_version"], description["step"]) == ("tcc_jax export", 1, 3)
+    assert description["config"]["model"]["width"] == 16
+
+
+def test_bfloat16_halves_the_size_and_rounds(run, tmp_path, monkeypatch):
+    for dtype in ("float32", "bfloat16"):
+        run_export(monkeypatch, "--checkpoint", run, "--out", tmp_path / dtype, "--dtype", dtype)
+    sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "bfloat16")]
+    assert sizes[0] > 1.7 * sizes[1]
+    full, half = (read_checkpoint(tmp_path / dtype).params["embedding"] for dtype in ("float32", "bfloat16"))
+    rounded = np.asarray(full).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(half, rounded)
+
+
+def edit(path, change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out: (out / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is not as it was written"),
+        (lambda out: (out / "config.json").write_text("{"), "not the description of an export"),
+        (lambda out: edit(out / "config.json", {"format_version": 9}), "export of format 9, this tcc_jax reads"),
+        (lambda out: edit(out / "config.json", {"vocabulary_hash": "0" * 64}), "genes.tsv is not as it was written"),
+    ],
+)
+def test_a_damaged_export_is_named(run, tmp_path, monkeypatch, damage, words):
+    run_export(monkeypatch, "--checkpoint", run, "--out", tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(UserError, match=words):
+        read_checkpoint(tmp_path / "out")
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    for arguments, words in (
+        (["--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out"], "nowhere: no such run directory"),
+        (["--checkpoint", run, "--out", tmp_path / "full"], "already exists"),
+        (["--checkpoint", run, "--out", tmp_path / "out", "--dtype", "float64"], "--dtype"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_export(monkeypatch, *arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
