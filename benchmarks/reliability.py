@@ -34,7 +34,9 @@ def kills(folder: Path, count: int) -> list[dict[str, Any]]:
     return [
         {
             "fault": "SIGKILL",
-            "where": {"start": "before the first step of a start", "save": "a save under way"}.get(where, where),
+            "where": {"start": "before the first step of a start", "save": "a step, with a save under way"}.get(
+                where, where
+            ),
             "count": outcome.moments[where],
             "outcome": f"same bits ({outcome.runs} runs of {STEPS} steps, every kill in one of them)",
             "steps_lost": _steps(lost),
@@ -175,6 +177,7 @@ def disk(folder: Path, count: int) -> list[dict[str, Any]]:
 def state(folder: Path, count: int) -> list[dict[str, Any]]:
     """Save and restore the state of the 120M configuration: 12 layers, width 768, 44,902 ids."""
     import jax
+    import numpy as np
 
     from tcc_jax.config import from_dict
     from tcc_jax.training.checkpoint import CheckpointWriter, find_checkpoint, restore_state
@@ -184,7 +187,16 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
 
     config, size = from_dict({"mesh": {"data": 1}}), 44_902
     mesh = make_mesh(1, config.training.batch_rows)
-    values = create_state(config, size, None, mesh)
+    noise = np.random.default_rng(0)
+    # Not the zeros of a first step, which Orbax would compress to nothing.
+    values = jax.tree.map(
+        lambda leaf: (
+            jax.device_put(noise.standard_normal(leaf.shape, np.float32), leaf.sharding)
+            if leaf.dtype == np.float32
+            else leaf
+        ),
+        create_state(config, size, None, mesh),
+    )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(values))
     pauses, totals = [], []
     with CheckpointWriter(folder, keep=1) as writer:
@@ -195,6 +207,7 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
             assert writer.failure is None, writer.failure
             pauses.append(writer.pause_seconds)
             totals.append(time.monotonic() - began)
+    on_disk = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     began = time.monotonic()
     assert find_checkpoint(folder, "latest", print)
     checked = time.monotonic() - began
@@ -204,6 +217,7 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
     return [
         {
             "state_bytes": num_bytes,
+            "bytes_on_disk": on_disk,
             "saves": count,
             "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
             "save_pause_seconds": _spread(pauses),
@@ -234,6 +248,7 @@ def write_table(results: dict[str, Any]) -> None:
         for row in parts.get(part, {}).get("rows", []):
             names = ("fault", "where", "count", "outcome", "steps_lost", "resume_seconds")
             lines.append("| " + " | ".join(str(row[name]) for name in names) + " |")
+    lines += ["", *([results["note"]] if "note" in results else [])]
     lines += ["", "## The state of the 120M configuration", ""]
     for row in parts.get("state", {}).get("rows", []):
         lines += ["| | |", "|---|---|", *(f"| {name.replace('_', ' ')} | {value} |" for name, value in row.items())]

@@ -76,6 +76,9 @@ def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | No
         )
     with _heard(stop) as stop, open_run_directory(Path(config.run.directory), config.training.steps) as directory:
         stop.on_leave = lambda message: directory.status("stopped", message=message)
+        if jax.process_count() > 1:
+            # A host that left alone would leave the others waiting: all stop together, after the first step.
+            stop.must_save()
         directory.status("starting")
         Run(config, corpus, mesh, directory, stop, make_recall).run()
 
@@ -168,9 +171,6 @@ class Run:
         due = self.meta.get("evaluation_due") and self.first not in report.evaluated
         if due and not self._evaluate(self.first, state):
             return self._stopped(self.first)
-        if jax.process_count() > 1:
-            # A host that left alone would leave the others waiting.
-            stop.must_save()
         previous: tuple[int, Any, Any] | None = None
         every_seconds, last_save = 60 * config.checkpoint.every_minutes, time.monotonic()
         for step, batch in zip(range(self.first + 1, config.training.steps + 1), loader, strict=False):
