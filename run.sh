@@ -57,9 +57,13 @@ run() {
   fi
   echo "== train: $config" >&2
   .venv/bin/python -m tcc_jax.train "$config"
+  if ! grep -q '"finished"' "$directory/status.json"; then
+    echo "stopped before the last step; the same command goes on from there" >&2
+    exit 130
+  fi
   echo "== eval: the test split" >&2
   .venv/bin/python -m tcc_jax.eval --checkpoint "$directory" --out "$directory/report" --overwrite
-  echo "the report is in $PWD/$directory/report"
+  echo "the report is $PWD/$directory/report/report.html"
 }
 
 if [ $# -gt 1 ] && [ "$1" != test ]; then
