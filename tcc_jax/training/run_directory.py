@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -40,6 +41,8 @@ METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 STATUS_VERSION = 1
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
+# What a process killed inside `replace_text` leaves behind.
+_HALF_WRITTEN = re.compile(r"\.[a-z]+\.json\.\d+\.tmp")
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "SLURM_JOB_ID")
 
 
@@ -126,12 +129,16 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another run.directory")
     is_run = (path / CONFIG_FILE).exists() or jax.process_index() > 0
-    if path.is_dir() and not is_run and {entry.name for entry in path.iterdir()} - _BEFORE_THE_FIRST_STEP:
+    if path.is_dir() and not is_run and not all(_is_ours(entry.name) for entry in path.iterdir()):
         raise UserError(f"{path}: not empty and not a run of tcc_jax; choose another run.directory")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     with hold(path, _overtaken) if jax.process_index() == 0 else contextlib.nullcontext():
         directory = RunDirectory(path, steps)
+        if jax.process_index() == 0:
+            for entry in path.iterdir():
+                if _HALF_WRITTEN.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
         try:
             yield directory
         except BaseException as error:
@@ -139,6 +146,10 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
             if made and not (path / CONFIG_FILE).exists():
                 _remove(path, made)
             raise
+
+
+def _is_ours(name: str) -> bool:
+    return name in _BEFORE_THE_FIRST_STEP or _HALF_WRITTEN.fullmatch(name) is not None
 
 
 def _overtaken(reason: str) -> None:

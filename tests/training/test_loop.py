@@ -396,6 +396,14 @@ def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
+def test_a_start_that_was_killed_inside_a_write_is_gone_on_from(corpus, tmp_path):
+    for name in (".status.json.123.tmp", ".config.json.123.tmp", "train.log"):
+        (tmp_path / name).write_text("{")
+    train(config_of(corpus, tmp_path))
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert (tmp_path / "status.json").exists()
+
+
 def test_a_bucket_is_no_path(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"run.directory = gs://bucket/run: must be a path of this machine"):
