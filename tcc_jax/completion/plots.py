@@ -100,8 +100,8 @@ def _significance(report: Report, figure: Any) -> None:
     threshold = -math.log10(report.alpha)
     axes.axhline(threshold, color="0.3", linewidth=1, linestyle="--")
     axes.annotate(
-        f"adjusted p = {report.alpha:g}", (0.0, threshold), xycoords=("axes fraction", "data"),
-        xytext=(30, 3), textcoords="offset points", ha="left", va="bottom", color="0.3", fontsize=9,
+        f"p = {report.alpha:g}", (1.0, threshold), xycoords=("axes fraction", "data"),
+        xytext=(4, 0), textcoords="offset points", ha="left", va="center", color="0.3", fontsize=9,
     )  # fmt: skip
     # Linear up to 1 and logarithmic above: p = 1 has a place, and one set at 1e-200 does not flatten the rest.
     axes.set_yscale("symlog", linthresh=1)
