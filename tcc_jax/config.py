@@ -37,6 +37,8 @@ class DataConfig:
     """A prepared corpus, as written by `python -m tcc_jax.prepare`."""
     gene_order: Literal["shuffled", "file"] = "shuffled"
     """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
+    library_weights: dict[str, float] = field(default_factory=dict)
+    """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,22 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon, whose updates have a root mean square near 0.2; same schedule."""
+    schedule: Literal["cosine", "stable-decay"] = "cosine"
+    """After the warm-up: half a cosine, or constant and then linearly down over the last `decay_share` of the steps."""
+    decay_share: float = 0.2
+    """Share of the steps over which the stable-decay schedule falls."""
     warmup_steps: int = 100
     """Steps of linear warm-up from zero."""
     final_fraction: float = 0.1
-    """Learning rate at the last step as a share of the peak, reached along a cosine."""
+    """Learning rate at the last step as a share of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms and biases have none."""
     beta1: float = 0.9
@@ -93,6 +103,8 @@ class OptimizerConfig:
     """Decay of the second moment."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the parameters, which is then what is evaluated and exported; 0 keeps none."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ class TrainingConfig:
     """Tokens in a row. A longer set contributes a fresh random subset each time."""
     segments_per_row: int = 64
     """Most sets packed into one row."""
+    microbatches: int = 1
+    """Parts a batch is taken through one after the other, for one update: less memory, the same mean over the batch."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     eval_every: int = 500
@@ -117,6 +131,10 @@ class TrainingConfig:
     """Validation sets, at most, whose hidden genes are looked for at each evaluation; 0 turns the recall off."""
     skips_before_stop: int = 10
     """Updates in a row whose loss or gradient is not finite; each is skipped, and after so many the run stops."""
+    profile_steps: str = ""
+    """Steps to profile, FIRST:LAST such as 10:15, into RUN/profile for TensorBoard. Also spelled --profile-steps."""
+    tensorboard: bool = False
+    """Also write the metrics to RUN/tensorboard (needs the `tensorboard` extra)."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +159,44 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out."""
+    """How devices are laid out. The rows of a batch are spread over data x fsdp."""
 
     data: int = -1
-    """Devices along the data axis; -1 takes all."""
+    """Devices along the data axis, where parameters are repeated; -1 takes all that the other axes leave."""
+    fsdp: int = 1
+    """Devices along the fsdp axis, over which parameters and the optimizer's state are spread."""
+    tensor: int = 1
+    """Devices along the tensor axis, over which heads, hidden width and vocabulary are spread."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the same numbers are computed: speed and memory. A run may go on with other values."""
+
+    attention: Literal["auto", "xla", "pallas", "cudnn", "splash"] = "auto"
+    """Attention kernel: plain XLA, Pallas (GPU), cuDNN (Hopper or newer) or splash (TPU); auto picks by device."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """Activations computed again in the backward pass: none, all but matrix products, or all inside a block."""
+    scan_layers: bool = False
+    """Run the blocks in one loop: compiles faster, for deep models."""
+    logits_tile: int = 0
+    """Positions whose logits are held at once, over all rows; 0 lets the size of the logits decide."""
+    steps_in_flight: int = 2
+    """Steps the host may be ahead of the devices."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """How several processes find each other. TPU pods and Slurm need nothing here."""
+
+    coordinator: str = ""
+    """ADDRESS:PORT of process 0; else JAX_COORDINATOR_ADDRESS, or what TPU pods and Slurm say."""
+    count: int = 0
+    """Number of processes; else JAX_NUM_PROCESSES."""
+    index: int = -1
+    """Number of this process, from 0; else JAX_PROCESS_ID."""
+    timeout_seconds: int = 100
+    """After so long without a sign of a process the others end, with a message."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +211,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values."""
@@ -166,7 +220,11 @@ class Config:
 
 
 # Short names on the command line, for what is asked for once and not written into a TOML file.
-_SHORT = {"--resume": "--checkpoint.resume", "--init-from": "--checkpoint.init-from"}
+_SHORT = {
+    "--resume": "--checkpoint.resume",
+    "--init-from": "--checkpoint.init-from",
+    "--profile-steps": "--training.profile-steps",
+}
 
 # The smallest and largest value a field may take; the rest is checked by type alone.
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -180,16 +238,20 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "objective.cut_low": (0, 1),
     "objective.cut_high": (0, 1),
     "optimizer.learning_rate": (0, 1e3),
+    "optimizer.muon_learning_rate": (0, 1e3),
+    "optimizer.decay_share": (0, 1),
     "optimizer.warmup_steps": (0, 2**31),
     "optimizer.final_fraction": (0, 1),
     "optimizer.weight_decay": (0, 1e3),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
     "optimizer.gradient_clip": (0, 1e9),
+    "optimizer.ema_decay": (0, 0.999999),
     "training.steps": (1, 2**31 - 1),
     "training.batch_rows": (1, 2**20),
     "training.row_length": (8, 2**20),
     "training.segments_per_row": (1, 2**14),
+    "training.microbatches": (1, 2**20),
     "training.log_every": (1, 2**31),
     "training.eval_every": (0, 2**31),
     "training.eval_steps": (1, 2**31),
@@ -200,6 +262,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint.keep": (1, 10**6),
     "checkpoint.keep_every": (0, 2**31),
     "mesh.data": (-1, 2**20),
+    "mesh.fsdp": (1, 2**20),
+    "mesh.tensor": (1, 2**20),
+    "compute.logits_tile": (0, 2**31),
+    "compute.steps_in_flight": (1, 1000),
+    "hosts.count": (0, 2**20),
+    "hosts.index": (-1, 2**20),
+    "hosts.timeout_seconds": (5, 2**20),
 }
 
 
@@ -243,9 +312,32 @@ def validate(config: Config, source: str = "config") -> Config:
             f"{source}: objective.cut_low = {config.objective.cut_low}: must be under objective.cut_high = "
             f"{config.objective.cut_high}"
         )
+    if config.training.batch_rows % config.training.microbatches:
+        raise UserError(
+            f"{source}: training.batch_rows = {config.training.batch_rows}: must be a multiple of "
+            f"training.microbatches = {config.training.microbatches}"
+        )
+    for library, weight in config.data.library_weights.items():
+        if not 0 <= weight <= 1e6:
+            raise UserError(f"{source}: data.library_weights: {library} = {weight}: must lie between 0 and 1e+06")
+    profile_window(config.training.profile_steps, source)
     if config.mesh.data == 0:
         raise UserError(f"{source}: mesh.data = 0: must be -1 (all devices) or a number of devices")
     return config
+
+
+def profile_window(text: str, source: str = "config") -> range:
+    """Return the steps that `training.profile_steps` asks for, empty for "".
+
+    Raises:
+        UserError: not FIRST:LAST with 1 <= FIRST <= LAST.
+    """
+    first, colon, last = text.partition(":")
+    if not text:
+        return range(0)
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"{source}: training.profile_steps = {text!r}: must be FIRST:LAST, such as 10:15")
+    return range(int(first), int(last) + 1)
 
 
 def read_toml(path: str | Path, *, check: bool = True) -> Config:
@@ -299,9 +391,14 @@ def _section(section_type: Any, section: str, values: Any, source: str) -> Any:
     for key, value in values.items():
         _known(key, list(hints), f"{source}: no field {section}.{key}", prefix=f"{section}.")
         _check_type(f"{section}.{key}", value, hints[key], source)
+    return section_type(**{key: _with_floats(value, hints[key]) for key, value in values.items()})
+
+
+def _with_floats(value: Any, expected: Any) -> Any:
     # TOML and JSON write 1 for 1.0; keep floats floats so that configurations compare equal.
-    values = {key: float(value) if hints[key] is float else value for key, value in values.items()}
-    return section_type(**values)
+    if typing.get_origin(expected) is dict:
+        return {name: float(item) for name, item in value.items()}
+    return float(value) if expected is float else value
 
 
 def _known(key: str, valid: list[str], complaint: str, prefix: str = "") -> None:
@@ -322,6 +419,12 @@ def _check_type(key: str, value: Any, expected: Any, source: str) -> None:
         return
     if isinstance(expected, types.UnionType):
         raise TypeError(f"{key}: unions are not supported in configurations")
+    if typing.get_origin(expected) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: {key} = {value!r}: must be a table, such as {{KEGG = 2.0}}")
+        for name, item in value.items():
+            _check_type(f"{key}.{name}", item, float, source)
+        return
     accepted: tuple[type, ...] = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{source}: {key} = {value!r}: must be of type {expected.__name__}")

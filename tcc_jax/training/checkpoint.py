@@ -53,7 +53,7 @@ VOCABULARY_FILE = "genes.tsv"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Fields that may differ when a run goes on. All others decide the numbers, so a new field is compared until it is
 # listed here. `training.steps` shapes the schedule, but to train longer is a thing people want; the path of a corpus is
-# nothing, its hash is compared; the mesh changes the last bits only.
+# nothing, its hash is compared; mesh and compute change the last bits only.
 _MAY_DIFFER = {
     "run.directory",
     "data.corpus",
@@ -63,8 +63,12 @@ _MAY_DIFFER = {
     "training.eval_steps",
     "training.recall_sets",
     "training.skips_before_stop",
+    "training.profile_steps",
+    "training.tensorboard",
     "checkpoint",
     "mesh",
+    "compute",
+    "hosts",
 }
 
 
