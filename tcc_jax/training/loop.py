@@ -33,7 +33,7 @@ from tcc_jax.training.checkpoint import (
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.metrics import MetricsFile
+from tcc_jax.training.metrics_file import MetricsFile
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.records import read_record, step_folder
 from tcc_jax.training.report import Report

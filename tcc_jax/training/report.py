@@ -9,7 +9,8 @@ from typing import Any
 
 from tcc_jax.config import Config
 from tcc_jax.terminal import Advance
-from tcc_jax.training.metrics import MetricsFile, SpikeDetector, Window
+from tcc_jax.training.metrics import SpikeDetector, Window
+from tcc_jax.training.metrics_file import MetricsFile
 from tcc_jax.training.run_directory import RunDirectory
 
 

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from tcc_jax.training import metrics
-from tcc_jax.training.metrics import MetricsFile, SpikeDetector, Window
+from tcc_jax.training.metrics import SpikeDetector, Window
+from tcc_jax.training.metrics_file import MetricsFile
 
 
 def test_opening_drops_the_lines_of_steps_that_come_again(tmp_path):
