@@ -41,10 +41,10 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float | None = None) -> float:
     """Return the arithmetic of training, forward and backward, for one useful token.
 
-    6 x matmul parameters + 12 L D x keys. Matmul parameters are those of the blocks, L (4 D^2 + 2 D F), and the tied head,
-    V D with V padded, once and only where it is computed: times the scored positions of a row over its length. Without
-    `keys_per_token` a token attends to T / 2 keys, the plain causal count, which makes the last term 6 L D T. The
-    embedding's lookup, norms and recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
+    6 x matmul parameters + 12 L D x keys. Matmul parameters are those of the blocks, L (4 D^2 + 2 D F), and the tied
+    head, V D with V padded, once and only where it is computed: times the scored positions of a row over its length.
+    Without `keys_per_token` a token attends to T / 2 keys, the plain causal count, which makes the last term 6 L D T.
+    The embedding's lookup, norms and recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
 
     MFU = useful tokens per second x this / (devices x peak of a device).
 
