@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tcc_jax.training import metrics
+from tcc_jax.training import metrics, metrics_file
 from tcc_jax.training.metrics import SpikeDetector, Window
 from tcc_jax.training.metrics_file import MetricsFile
 
@@ -82,7 +82,7 @@ def test_a_window_of_skipped_steps_has_no_loss():
 def test_lines_that_find_the_disk_full_are_written_later_without_gap_or_repeat(tmp_path, monkeypatch):
     path, said = tmp_path / "metrics.jsonl", []
     file = MetricsFile(path, 0, said.append)
-    write = metrics.os.write
+    write = metrics_file.os.write
 
     def half(descriptor, data):
         # What a disk does as it fills up: a part of the line, then nothing.
@@ -91,7 +91,7 @@ def test_lines_that_find_the_disk_full_are_written_later_without_gap_or_repeat(t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.os, "write", half)
+        patch.setattr(metrics_file.os, "write", half)
         for step in (1, 2):
             file.write(step=step, loss=step / 3)
         with pytest.raises(OSError, match="No space left"):
