@@ -186,7 +186,7 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
     from tcc_jax.training.state import abstract_state, create_state
 
     config, size = from_dict({"mesh": {"data": 1}}), 44_902
-    mesh = make_mesh(1, config.training.batch_rows)
+    mesh = make_mesh(config)
     noise = np.random.default_rng(0)
     # Not the zeros of a first step, which Orbax would compress to nothing.
     values = jax.tree.map(

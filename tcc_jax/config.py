@@ -84,9 +84,7 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon, whose updates have a root mean square near 0.2; same schedule."""
+    """Peak learning rate; Muon's updates are scaled so that one rate suits both."""
     schedule: Literal["cosine", "stable-decay"] = "cosine"
     """After the warm-up: half a cosine, or constant and then linearly down over the last `decay_share` of the steps."""
     decay_share: float = 0.2
@@ -238,7 +236,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "objective.cut_low": (0, 1),
     "objective.cut_high": (0, 1),
     "optimizer.learning_rate": (0, 1e3),
-    "optimizer.muon_learning_rate": (0, 1e3),
     "optimizer.decay_share": (0, 1),
     "optimizer.warmup_steps": (0, 2**31),
     "optimizer.final_fraction": (0, 1),

@@ -14,10 +14,9 @@ from tcc_jax import export
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import CheckpointWriter, describe, read_checkpoint
-from tcc_jax.training.sharding import make_mesh
 from tcc_jax.training.state import create_state, frequency_bias
 from tests.training.corpora import write_small_corpus
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def run(tmp_path_factory):
     corpus = open_corpus(write_small_corpus(folder / "corpus"))
     config = small_config(run={"directory": str(folder / "run")}, model={"position": "learned"})
     bias_V = frequency_bias(corpus.vocabulary.counts, 49)
-    state = create_state(config, corpus.vocabulary.size, bias_V, make_mesh(1, 8))
+    state = create_state(config, corpus.vocabulary.size, bias_V, small_mesh(1))
     (folder / "run").mkdir()
     corpus.vocabulary.write(folder / "run" / "genes.tsv")
     with CheckpointWriter(folder / "run", keep=2) as writer:

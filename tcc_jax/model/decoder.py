@@ -7,6 +7,8 @@ training and completion run plain `jax.jit` over arrays.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,27 @@ Cache = list[tuple[jax.Array, jax.Array]]
 
 # What a block does with its queries, keys and values [BTNH]: attention within segments, or to a cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward pass over packed rows is computed; what it computes stays the same.
+
+    Attributes:
+        attend: a function with the meaning of `tcc_jax.model.attention.attend`.
+        remat: what the backward pass computes again instead of keeping it: nothing, all but the outputs of matrix
+            products, or all inside a block.
+        scan_layers: run the blocks in one loop, their parameters stacked as they are used.
+        place: called on the residual stream BTD between blocks, to pin where it lies.
+    """
+
+    attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = attend
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool = False
+    place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
 
 
 class Decoder(nnx.Module):
@@ -58,19 +81,47 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(width)
 
-    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        dropout_key: jax.Array | None = None,
+        execution: Execution | None = None,
+    ) -> jax.Array:
         """Run the decoder up to and including the final norm.
 
         Args:
             tokens_BT: int32 ids, 0 for padding.
             segments_BT: int32, 0 for padding, else the segment's number.
             dropout_key: a JAX key turns dropout on at the configured rate; None turns it off.
+            execution: how; None computes in the plainest way.
 
         Returns:
             h_BTD, float32; zero gradients flow through padding.
         """
-        attends: list[Attend] = [lambda q, k, v: attend(q, k, v, segments_BT)] * self.config.num_layers
-        return self._run(tokens_BT, segment_offsets(segments_BT), attends, dropout_key)
+        execution = execution or Execution()
+        offsets_BT = segment_offsets(segments_BT)
+        embedding_key, *block_keys = _keys(dropout_key, self.config.num_layers + 1)
+        x_BTD = execution.place(self._embed(tokens_BT, offsets_BT, embedding_key))
+        # A block is taken apart into its structure, which all share, and its arrays, so that one function runs any.
+        graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+
+        def run_block(x_BTD: jax.Array, inputs: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+            state, key = inputs
+            block = nnx.merge(graphs[0], state)
+            attend_layer: Attend = lambda q, k, v: execution.attend(q, k, v, segments_BT)  # noqa: E731
+            return execution.place(block(x_BTD, attend_layer, offsets_BT, key)), None
+
+        if execution.remat != "none":
+            run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[execution.remat])
+        if execution.scan_layers:
+            x_BTD, _ = jax.lax.scan(
+                run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(states, block_keys, strict=True))
+            )
+        else:
+            for inputs in zip(states, block_keys, strict=True):
+                x_BTD, _ = run_block(x_BTD, inputs)
+        return self.final_norm(x_BTD)
 
     def extend(
         self, tokens_BT: jax.Array, offsets_BT: jax.Array, visible_BTS: jax.Array, slot: jax.Array | int, cache: Cache
@@ -88,33 +139,28 @@ class Decoder(nnx.Module):
             h_BTD after the final norm, float32, and the new cache, of the same shapes.
         """
         new_cache: Cache = []
+        x_BTD = self._embed(tokens_BT, offsets_BT, None)
+        for block, old_BNHS in zip(self.blocks, cache, strict=True):
 
-        def attend_to_cache(layer: int) -> Attend:
-            def attend_layer(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+            def attend_to_cache(
+                q_BTNH: jax.Array, *new_BTNH: jax.Array, old_BNHS: tuple[jax.Array, jax.Array] = old_BNHS
+            ) -> jax.Array:
                 # Slots last, as the products want them: otherwise XLA transposes the whole cache for every gene.
                 k_BNHS, v_BNHS = (
                     jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 3), slot, axis=3)
-                    for old, new in zip(cache[layer], (k_BTNH, v_BTNH), strict=True)
+                    for old, new in zip(old_BNHS, new_BTNH, strict=True)
                 )
                 new_cache.append((k_BNHS, v_BNHS))
                 return attend_visible(q_BTNH, jnp.moveaxis(k_BNHS, 3, 1), jnp.moveaxis(v_BNHS, 3, 1), visible_BTS)
 
-            return attend_layer
+            x_BTD = block(x_BTD, attend_to_cache, offsets_BT, None)
+        return self.final_norm(x_BTD), new_cache
 
-        attends = [attend_to_cache(layer) for layer in range(self.config.num_layers)]
-        return self._run(tokens_BT, offsets_BT, attends, None), new_cache
-
-    def _run(
-        self, tokens_BT: jax.Array, offsets_BT: jax.Array, attends: list[Attend], dropout_key: jax.Array | None
-    ) -> jax.Array:
-        keys = _keys(dropout_key, 2 * self.config.num_layers + 1)
+    def _embed(self, tokens_BT: jax.Array, offsets_BT: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         x_BTD = self.embedding[tokens_BT]
         if self.config.position == "learned":
             x_BTD = x_BTD + self.position_embedding[offsets_BT]
-        x_BTD = _dropout(x_BTD, self.config.dropout, keys[0])
-        for layer, (block, attend_layer) in enumerate(zip(self.blocks, attends, strict=True)):
-            x_BTD = block(x_BTD, attend_layer, offsets_BT, keys[2 * layer + 1 : 2 * layer + 3])
-        return self.final_norm(x_BTD)
+        return _dropout(x_BTD, self.config.dropout, dropout_key)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Score every id from the final hidden states: [.., D] -> [.., V_padded] float32.
@@ -152,9 +198,10 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         attend_layer: Attend,
         offsets_BT: jax.Array,
-        dropout_keys: list[jax.Array] | list[None],
+        dropout_key: jax.Array | None,
     ) -> jax.Array:
         """Return the residual stream after the block, BTD float32."""
+        dropout_keys = _keys(dropout_key, 2)
         branch_BTD = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT)
         x_BTD = x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[0])
         branch_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))

@@ -1,7 +1,7 @@
 """What the decoder learns: the genes still to come at a prefix of a set, or the next gene in its order.
 
 Both losses are a cross-entropy -sum_v p_v log softmax(logits)_v, whose target p enters only through its mean embedding
-and mean bias, so that no [positions, vocabulary] target exists, and whose logits live one chunk at a time.
+and mean bias, so that no [positions, vocabulary] target exists, and whose logits can live one chunk at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import jax.numpy as jnp
 from tcc_jax.model.attention import product_precision
 from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
 
-# Logits held at once. On a CPU, chunks of 256 positions are as fast as any, at less than half the processor time of
-# autodiff over the whole; an accelerator wants products as large as its memory allows.
-_CHUNK_LOGITS_CPU = 2**24
-_CHUNK_LOGITS = 2**29
-
 
 def remaining_set_loss(
     decoder: Decoder,
@@ -29,6 +24,7 @@ def remaining_set_loss(
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
     weights_BC: jax.Array | None = None,
+    tile: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy against the uniform distribution over the genes still to come in the segment, <end> when none are.
 
@@ -41,6 +37,7 @@ def remaining_set_loss(
         segments_BT: int32, 0 for padding, else the segment's number.
         positions_BC: int32 columns to score; None scores every position that has a target.
         weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
+        tile: positions, over all rows, whose logits are held at once; 0 holds them all.
 
     Returns:
         The sum of the losses in nats and the number of scored positions, float32 both. A position without a target
@@ -54,14 +51,22 @@ def remaining_set_loss(
     count_BC = jnp.sum(to_come_BCT, axis=-1)
     # Nothing to come: the next token is <end>, and it is the whole target.
     target_BCT = to_come_BCT | ((count_BC[:, :, None] == 0) & (index_T == position_BC1 + 1))
-    target_BCT = target_BCT.astype(jnp.float32)
     # A product with the block mask: unlike differences of running sums along the row it loses no bits, and at
-    # T / V of the cost of the output layer it is not worth a segmented scan.
-    mean = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    # T / V of the cost of the output layer it is not worth a segmented scan. Operands as in the logits, so that the
+    # embedding rounds alike on both sides of the loss.
+    dtype = jnp.dtype(decoder.config.matmul_dtype)
+    mean = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(dtype))
     count_BC = jnp.maximum(count_BC, 1)
-    embedding_BCD = mean("BCT,BTD->BCD", target_BCT, decoder.embedding[tokens_BT]) / count_BC[:, :, None]
-    bias_BC = mean("BCT,BT->BC", target_BCT, decoder.output_bias[tokens_BT]) / count_BC
-    return _cross_entropy(decoder, h_BCD, embedding_BCD, bias_BC, weights_BC)
+    embedding_BTD = decoder.embedding[tokens_BT].astype(dtype)
+    embedding_BCD = mean("BCT,BTD->BCD", target_BCT.astype(dtype), embedding_BTD) / count_BC[:, :, None]
+    # The bias is added to the logits in float32.
+    bias_BC = jnp.einsum(
+        "BCT,BT->BC",
+        target_BCT.astype(jnp.float32),
+        decoder.output_bias[tokens_BT],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return _cross_entropy(decoder, h_BCD, embedding_BCD, bias_BC / count_BC, weights_BC, tile)
 
 
 def next_gene_loss(
@@ -71,6 +76,7 @@ def next_gene_loss(
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
     weights_BC: jax.Array | None = None,
+    tile: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy against the next token of the segment: the next gene, or <end> after the last.
 
@@ -79,7 +85,8 @@ def next_gene_loss(
     positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
     next_BC = jnp.minimum(positions_BC + 1, tokens_BT.shape[1] - 1)
     target_BC = jnp.take_along_axis(tokens_BT, next_BC, axis=1)
-    return _cross_entropy(decoder, h_BCD, decoder.embedding[target_BC], decoder.output_bias[target_BC], weights_BC)
+    bias_BC = decoder.output_bias[target_BC]
+    return _cross_entropy(decoder, h_BCD, decoder.embedding[target_BC], bias_BC, weights_BC, tile)
 
 
 LOSSES = {"remaining-set": remaining_set_loss, "next-gene": next_gene_loss}
@@ -143,68 +150,78 @@ def _scored(
 
 
 def _cross_entropy(
-    decoder: Decoder, h_BCD: jax.Array, embedding_BCD: jax.Array, bias_BC: jax.Array, weights_BC: jax.Array
+    decoder: Decoder,
+    h_BCD: jax.Array,
+    embedding_BCD: jax.Array,
+    bias_BC: jax.Array,
+    weights_BC: jax.Array,
+    tile: int,
 ) -> tuple[jax.Array, jax.Array]:
     target_logit_BC = jnp.sum(h_BCD * embedding_BCD, axis=-1) + bias_BC
     normalizers = weighted_logsumexp(
-        h_BCD, decoder.embedding[...], decoder.masked_bias(), weights_BC, decoder.config.matmul_dtype
+        h_BCD, decoder.embedding[...], decoder.masked_bias(), weights_BC, decoder.config.matmul_dtype, tile
     )
     return normalizers - jnp.sum(weights_BC * target_logit_BC), jnp.sum(weights_BC)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_logsumexp(
-    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str
+    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str, tile: int = 0
 ) -> jax.Array:
-    """Return sum_bc w_bc logsumexp_v(h_bc . e_v + b_v), float32, without holding all logits at once.
+    """Return sum_bc w_bc logsumexp_v(h_bc . e_v + b_v), float32.
 
-    The sum is a single number, so its gradient is known up to one factor while the logits of a chunk are at hand: it is
-    taken there and then, and the logits are dropped (the fused linear cross-entropy of Liger Kernel, Hsu et al. 2024).
-    Three products with the embedding in all, none of them repeated.
+    The sum is a single number, so its gradient is known up to one factor while the logits are at hand: it is taken
+    there and then, and the logits are dropped (the fused linear cross-entropy of Liger Kernel, Hsu et al. 2024). Three
+    products with the embedding in all, none of them repeated.
 
     Args:
         h_BCD: float32 hidden states at the scored positions.
         embedding_VD: float32 tied embedding.
         bias_V: float32 output bias, very low where an id can never be proposed.
         weights_BC: float32 weight of each position.
-        dtype: type of the products' operands; they accumulate in float32.
+        dtype: type of the products' operands and of the logits in memory; sums and exponentials are float32.
+        tile: positions, over all rows, whose logits are held at once; 0 holds them all.
     """
-    return _logsumexp_scan(h_BCD, embedding_VD, bias_V, weights_BC, dtype, with_gradients=False)[0]
+    return _logsumexp(h_BCD, embedding_VD, bias_V, weights_BC, dtype, tile, with_gradients=False)[0]
 
 
 def _weighted_logsumexp_forward(
-    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str
+    h_BCD: jax.Array, embedding_VD: jax.Array, bias_V: jax.Array, weights_BC: jax.Array, dtype: str, tile: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _logsumexp_scan(h_BCD, embedding_VD, bias_V, weights_BC, dtype, with_gradients=True)
+    return _logsumexp(h_BCD, embedding_VD, bias_V, weights_BC, dtype, tile, with_gradients=True)
 
 
-def _weighted_logsumexp_backward(dtype: str, gradients: tuple[jax.Array, ...], factor: jax.Array) -> tuple:
+def _weighted_logsumexp_backward(dtype: str, tile: int, gradients: tuple[jax.Array, ...], factor: jax.Array) -> tuple:
     return tuple(factor * gradient for gradient in gradients)
 
 
 weighted_logsumexp.defvjp(_weighted_logsumexp_forward, _weighted_logsumexp_backward)
 
 
-def _logsumexp_scan(
+def _logsumexp(
     h_BCD: jax.Array,
     embedding_VD: jax.Array,
     bias_V: jax.Array,
     weights_BC: jax.Array,
     dtype: str,
+    tile: int,
     *,
     with_gradients: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    num_positions, vocabulary_size = h_BCD.shape[1], embedding_VD.shape[0]
-    num_chunks = _num_chunks(h_BCD.shape[0], num_positions, vocabulary_size)
+    num_rows, num_positions = weights_BC.shape
+    num_chunks = math.ceil(num_positions / max(1, tile // num_rows)) if tile else 1
     kind = jnp.dtype(dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(kind))
     operand_VD = embedding_VD.astype(kind)
+
+    def product(subscripts: str, *operands: jax.Array, out: Any = jnp.float32) -> jax.Array:
+        precision = product_precision(kind)
+        return jnp.einsum(subscripts, *operands, preferred_element_type=out, precision=precision)
 
     def chunk(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
         # P: the positions of the chunk over all rows, as one axis.
         shape = inputs[0].shape
         h_PD, weights_P = inputs[0].reshape(-1, shape[-1]), inputs[1].reshape(-1)
-        logits_PV = product("PD,VD->PV", h_PD.astype(kind), operand_VD) + bias_V
+        logits_PV = product("PD,VD->PV", h_PD.astype(kind), operand_VD, out=kind).astype(jnp.float32) + bias_V
         largest_P = jnp.max(logits_PV, axis=-1)
         exp_PV = jnp.exp(logits_PV - largest_P[:, None])
         sum_P = jnp.sum(exp_PV, axis=-1)
@@ -217,7 +234,7 @@ def _logsumexp_scan(
         operand_PV = exp_PV.astype(kind)
         d_h_PD = product("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
         d_embedding_VD = carry[1] + product("PV,PD->VD", operand_PV, (h_PD * scale_P[:, None]).astype(kind))
-        d_bias_V = carry[2] + jnp.einsum("PV,P->V", exp_PV, scale_P, precision=jax.lax.Precision.HIGHEST)
+        d_bias_V = carry[2] + product("PV,P->V", operand_PV, scale_P.astype(kind))
         return (total, d_embedding_VD, d_bias_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
 
     carry: tuple[jax.Array, ...] = (jnp.zeros((), jnp.float32),)
@@ -229,12 +246,6 @@ def _logsumexp_scan(
         return carry[0], ()
     d_h_BCD, logsumexp_BC = (_out_of_chunks(array, num_positions) for array in by_chunk)
     return carry[0], (d_h_BCD, carry[1], carry[2], logsumexp_BC)
-
-
-def _num_chunks(num_rows: int, num_positions: int, vocabulary_size: int) -> int:
-    limit = _CHUNK_LOGITS_CPU if jax.default_backend() == "cpu" else _CHUNK_LOGITS
-    positions_in_chunk = max(1, limit // (num_rows * vocabulary_size))
-    return math.ceil(num_positions / positions_in_chunk)
 
 
 def _into_chunks(x_BC: jax.Array, num_chunks: int) -> jax.Array:

@@ -68,7 +68,7 @@ def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | No
     corpus = open_corpus(config.data.corpus)
     if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
-    mesh = make_mesh(config.mesh.data, config.training.batch_rows)
+    mesh = make_mesh(config)
     if "://" in config.run.directory:
         raise UserError(
             f"run.directory = {config.run.directory}: must be a path of this machine; mount the bucket (gcsfuse) and "

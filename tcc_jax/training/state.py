@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tcc_jax.config import Config
 from tcc_jax.model.decoder import END, Params, initial_params, proposable_ids
 from tcc_jax.training.optimizer import make_optimizer
-from tcc_jax.training.sharding import replicated, with_sharding
+from tcc_jax.training.sharding import place_state, replicated
 
 
 class TrainState(NamedTuple):
@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
         optimizer: the state of the optax chain.
         skipped: int32 scalar, steps whose update was skipped because the loss or gradient was not finite.
         skipped_in_a_row: int32 scalar, how many of them were the last ones.
+        average: moving average of the parameters, or an empty dict if none is kept.
     """
 
     step: jax.Array
@@ -32,6 +33,12 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    average: Params
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters to evaluate and export: their average where one is kept."""
+        return self.average or self.params
 
 
 def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None, mesh: Mesh) -> TrainState:
@@ -50,7 +57,7 @@ def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None
 
 def abstract_state(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
     """Return the state's shapes, types and shardings (`jax.ShapeDtypeStruct`), without making any array."""
-    return with_sharding(jax.eval_shape(lambda: _initial(config, vocabulary_size, None)), replicated(mesh))
+    return place_state(jax.eval_shape(lambda: _initial(config, vocabulary_size, None)), mesh)
 
 
 def frequency_bias(counts_V: np.ndarray, num_sets: int) -> np.ndarray:
@@ -80,4 +87,5 @@ def _initial(config: Config, vocabulary_size: int, bias_V: jax.Array | None) -> 
         params["output_bias"] = params["output_bias"].at[:vocabulary_size].set(bias_V)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), skipped=zero, skipped_in_a_row=zero)
+    average = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
+    return TrainState(zero, params, optimizer.init(params), skipped=zero, skipped_in_a_row=zero, average=average)

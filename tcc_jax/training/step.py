@@ -9,20 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tcc_jax.config import Config
-from tcc_jax.model.decoder import Params, merge
+from tcc_jax.model.attention import segment_offsets
+from tcc_jax.model.decoder import Execution, Params, merge, padded_vocabulary_size
 from tcc_jax.model.objective import LOSSES, cut_positions
 from tcc_jax.training.optimizer import learning_rate, make_optimizer
 from tcc_jax.training.sharding import over_rows, replicated
-from tcc_jax.training.state import TrainState
+from tcc_jax.training.state import TrainState, abstract_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # Streams of randomness drawn from the run's seed; the parameters use the seed's key itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
+# Logits a device holds at once. On a CPU, small chunks are as fast as any, at less than half the processor time of
+# autodiff over the whole; an accelerator wants products as large as its memory allows (2 GiB of bfloat16).
+_LOGITS_AT_ONCE = {"cpu": 2**24}
+_LOGITS_AT_ONCE_ELSEWHERE = 2**30
 
 
 def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callable[[TrainState, Batch], Any]:
@@ -30,44 +35,68 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callabl
 
     A batch has `tokens` and `segments` [B, T] and `starts` and `gene_counts` [B, M], int32, its rows spread over the
     mesh. Metrics are scalars over the global batch: `loss_sum` (nats), `scored` (positions), `gradient_norm` (before
-    clipping), `learning_rate`, `tokens` (useful ones), `sets`, `skipped` (1 if the loss or gradient was not finite: the
-    parameters and the optimizer's state then stay as they were) and `skipped_in_a_row`, this step included. Randomness
-    is a function of the seed and the step.
+    clipping), `learning_rate`, `tokens` (useful ones), `keys` (that they attend to, in all), `sets`, `skipped` (1 if
+    the loss or gradient was not finite: the parameters and the optimizer's state then stay as they were) and
+    `skipped_in_a_row`, this step included. Randomness is a function of the seed and the step.
     """
     optimizer = make_optimizer(config.optimizer, config.training.steps)
+    loss_of = _make_loss(config, vocabulary_size, mesh, training=True)
+    microbatches = config.training.microbatches
+
+    def loss_and_gradient(params: Params, batch: Batch, key: jax.Array) -> Any:
+        (loss_sum, scored), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch, key)
+        return loss_sum, scored, gradient
+
+    def accumulate(params: Params, batch: Batch, key: jax.Array) -> Any:
+        # Every device cuts its own rows into parts, so that none moves to another device.
+        parts = {
+            name: jax.lax.with_sharding_constraint(
+                jnp.swapaxes(array.reshape(-1, microbatches, *array.shape[1:]), 0, 1),
+                NamedSharding(mesh, PartitionSpec(None, *over_rows(mesh).spec)),
+            )
+            for name, array in batch.items()
+        }
+
+        def add(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, loss_and_gradient(params, part[0], part[1])), None
+
+        zero = jnp.zeros((), jnp.float32)
+        sums = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, sums, (parts, jax.random.split(key, microbatches)))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(_stream(config, _TRAIN_STREAM), state.step)
-
-        def mean_loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            loss_sum, scored = _loss(config, vocabulary_size, params, batch, key, training=True)
-            return loss_sum / jnp.maximum(scored, 1), (loss_sum, scored)
-
-        gradient, (loss_sum, scored) = jax.grad(mean_loss, has_aux=True)(state.params)
+        take = loss_and_gradient if microbatches == 1 else accumulate
+        loss_sum, scored, gradient = take(state.params, batch, key)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(scored, 1), gradient)
         gradient_norm = optax.tree.norm(gradient)
         sound = jnp.isfinite(loss_sum) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        new = (optax.apply_updates(state.params, updates), optimizer_state)
-        params, optimizer_state = jax.tree.map(
-            lambda after, before: jnp.where(sound, after, before), new, (state.params, state.optimizer)
+        params = optax.apply_updates(state.params, updates)
+        new = (params, optimizer_state, _averaged(config, state, params))
+        params, optimizer_state, average = jax.tree.map(
+            lambda after, before: jnp.where(sound, after, before), new, (state.params, state.optimizer, state.average)
         )
+        skipped = state.skipped + 1 - sound
         skipped_in_a_row = jnp.where(sound, 0, state.skipped_in_a_row + 1)
+        segments_BT = batch["segments"]
         metrics = {
             "loss_sum": loss_sum,
             "scored": scored,
             "gradient_norm": gradient_norm,
             # A skipped update leaves the schedule where it was.
             "learning_rate": learning_rate(config.optimizer, config.training.steps, state.step - state.skipped),
-            "tokens": jnp.sum(batch["segments"] > 0),
+            "tokens": jnp.sum(segments_BT > 0),
+            "keys": jnp.sum(jnp.where(segments_BT > 0, segment_offsets(segments_BT) + 1, 0), dtype=jnp.float32),
             "sets": jnp.sum(batch["gene_counts"] > 0),
             "skipped": 1 - sound,
             "skipped_in_a_row": skipped_in_a_row,
         }
-        skipped = state.skipped + 1 - sound
-        return TrainState(state.step + 1, params, optimizer_state, skipped, skipped_in_a_row), metrics
+        return TrainState(state.step + 1, params, optimizer_state, skipped, skipped_in_a_row, average), metrics
 
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, vocabulary_size, mesh))
     whole, rows = replicated(mesh), over_rows(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=(whole, whole))
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(layout, rows), out_shardings=(layout, whole))
 
 
 def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callable[[Params, Batch, np.int32], Any]:
@@ -75,28 +104,51 @@ def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callable
 
     `index` is the batch's number in the evaluation, int32: it decides the cut points, which are the same at every step.
     """
+    loss_of = _make_loss(config, vocabulary_size, mesh, training=False)
 
     def eval_step(params: Params, batch: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(_stream(config, _EVAL_STREAM), index)
-        return _loss(config, vocabulary_size, params, batch, key, training=False)
+        return loss_of(params, batch, jax.random.fold_in(_stream(config, _EVAL_STREAM), index))
 
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, vocabulary_size, mesh).params)
     whole, rows = replicated(mesh), over_rows(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, rows, whole), out_shardings=whole)
+    return jax.jit(eval_step, in_shardings=(layout, rows, whole), out_shardings=whole)
 
 
-def _loss(
-    config: Config, vocabulary_size: int, params: Params, batch: Batch, key: jax.Array, *, training: bool
-) -> tuple[jax.Array, jax.Array]:
-    objective, tokens_BT, segments_BT = config.objective, batch["tokens"], batch["segments"]
-    dropout_key, cut_key = jax.random.split(key)
-    decoder = merge(config.model, vocabulary_size, config.training.row_length, params)
-    h_BTD = decoder(tokens_BT, segments_BT, dropout_key if training else None)
-    positions_BC = weights_BC = None
-    if objective.cut_points:
-        cuts = (objective.cut_points, objective.cut_low, objective.cut_high)
-        drawn = cut_positions(cut_key, tokens_BT, batch["starts"], batch["gene_counts"], *cuts)
-        positions_BC, weights_BC = (array_BMK.reshape(len(tokens_BT), -1) for array_BMK in drawn)
-    return LOSSES[objective.kind](decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC)
+def _make_loss(config: Config, vocabulary_size: int, mesh: Mesh, *, training: bool) -> Callable:
+    objective, compute, row_length = config.objective, config.compute, config.training.row_length
+    execution = Execution(
+        remat=compute.remat,
+        scan_layers=compute.scan_layers,
+        place=lambda x_BTD: jax.lax.with_sharding_constraint(x_BTD, over_rows(mesh)),
+    )
+    logits = _LOGITS_AT_ONCE.get(mesh.devices.flat[0].platform, _LOGITS_AT_ONCE_ELSEWHERE) * mesh.size
+    tile = compute.logits_tile or logits // padded_vocabulary_size(vocabulary_size)
+
+    def loss_of(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens_BT, segments_BT = batch["tokens"], batch["segments"]
+        dropout_key, cut_key = jax.random.split(key)
+        # Whole in width before the lookup and the logits: XLA would rather copy the activations to all devices.
+        table = NamedSharding(mesh, PartitionSpec("tensor"))
+        params = params | {"embedding": jax.lax.with_sharding_constraint(params["embedding"], table)}
+        decoder = merge(config.model, vocabulary_size, row_length, params)
+        h_BTD = decoder(tokens_BT, segments_BT, dropout_key if training else None, execution)
+        positions_BC = weights_BC = None
+        if objective.cut_points:
+            cuts = (objective.cut_points, objective.cut_low, objective.cut_high)
+            drawn = cut_positions(cut_key, tokens_BT, batch["starts"], batch["gene_counts"], *cuts)
+            positions_BC, weights_BC = (array_BMK.reshape(len(tokens_BT), -1) for array_BMK in drawn)
+        return LOSSES[objective.kind](decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, tile)
+
+    return loss_of
+
+
+def _averaged(config: Config, state: TrainState, params: Params) -> Params:
+    # While there are few steps to average over, the average follows fast and forgets where it started.
+    updates = (state.step - state.skipped).astype(jnp.float32)
+    decay = jnp.minimum(config.optimizer.ema_decay, (1 + updates) / (10 + updates))
+    return (
+        jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params) if state.average else {}
+    )
 
 
 def _stream(config: Config, stream: int) -> jax.Array:

@@ -8,7 +8,6 @@ import pytest
 from tcc_jax.config import ModelConfig
 from tcc_jax.corpus import vocabulary
 from tcc_jax.model import decoder as decoder_module
-from tcc_jax.model import objective
 from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids
 from tcc_jax.model.objective import LOSSES, cut_positions
 from tests.model.rows import pack, random_rows
@@ -69,15 +68,14 @@ def cuts(batch, num_cuts=3, low=0.0, high=1.0, seed=0):
 
 @pytest.mark.parametrize("with_cuts", [False, True])
 @pytest.mark.parametrize("kind", list(LOSSES))
-@pytest.mark.parametrize("chunk_logits", [2**24, 128 * 4 * 5])
-def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, chunk_logits, monkeypatch):
-    monkeypatch.setattr(objective, "_CHUNK_LOGITS_CPU", chunk_logits)
+@pytest.mark.parametrize("tile", [0, 4 * 5, 1])
+def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, tile):
     params, h_BTD, batch = case
     scored = cuts(batch) if with_cuts else []
 
     def loss(params, h_BTD):
         decoder = merge(MODEL, SIZE, LENGTH, params)
-        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"], *scored)
+        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"], *(scored or (None, None)), tile)
 
     value_and_gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (total, count), (by_params, by_h) = value_and_gradient(params, h_BTD)
@@ -102,15 +100,23 @@ def dense_loss(embedding_VD, bias_V, h_BTD, targets_BTV):
     return -jnp.sum(targets_BTV * jax.nn.log_softmax(logits))
 
 
-def test_bfloat16_loss_is_close_to_the_float32_one(case):
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_bfloat16_loss_and_gradient_are_close_to_the_float32_ones(case, kind):
     params, h_BTD, batch = case
-    totals = []
-    for dtype in ("bfloat16", "float32"):
+
+    def loss(params, h_BTD, dtype):
         model = ModelConfig(num_layers=1, width=WIDTH, num_heads=2, matmul_dtype=dtype)
         decoder = merge(model, SIZE, LENGTH, params)
-        totals.append(float(LOSSES["remaining-set"](decoder, h_BTD, batch["tokens"], batch["segments"])[0]))
+        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"])[0]
+
+    (total, gradients), (expected, expected_gradients) = (
+        jax.value_and_grad(loss, argnums=(0, 1))(params, h_BTD, dtype) for dtype in ("bfloat16", "float32")
+    )
     # Eight bits of mantissa on logits of about 4, averaged over some 80 positions.
-    assert totals[0] == pytest.approx(totals[1], rel=5e-3)
+    assert total == pytest.approx(float(expected), rel=5e-3)
+    for gradient, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        # Operands, logits and softmax are each rounded to 2^-8, a logit of 4 to 2^-7: errors add up to a few per cent.
+        assert np.linalg.norm(gradient - exact) <= 0.03 * np.linalg.norm(exact)
 
 
 def test_remaining_set_loss_is_the_mean_of_next_gene_losses_over_orders(case):

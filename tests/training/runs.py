@@ -1,6 +1,9 @@
 """A configuration small enough to compile and run in seconds."""
 
+from jax.sharding import Mesh
+
 from tcc_jax.config import Config, from_dict
+from tcc_jax.training.sharding import make_mesh
 
 SMALL = {
     "model": {"num_layers": 1, "width": 16, "num_heads": 2, "dropout": 0.1, "matmul_dtype": "float32"},
@@ -24,3 +27,8 @@ def small_config(**sections: dict) -> Config:
     """Return the small configuration with some fields changed, section by section."""
     names = SMALL.keys() | sections.keys()
     return from_dict({name: SMALL.get(name, {}) | sections.get(name, {}) for name in names})
+
+
+def small_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Return a mesh of so many devices along each axis."""
+    return make_mesh(small_config(model={"num_heads": 8}, mesh={"data": data, "fsdp": fsdp, "tensor": tensor}))

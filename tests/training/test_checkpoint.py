@@ -22,10 +22,10 @@ from tcc_jax.training.checkpoint import (
     restore_state,
 )
 from tcc_jax.training.saving import steps_to_keep
-from tcc_jax.training.sharding import make_mesh, replicated, with_sharding
+from tcc_jax.training.sharding import replicated, with_sharding
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     corpus = open_corpus(write_small_corpus(folder / "corpus"))
     config = small_config(run={"directory": str(folder / "run")})
-    state = create_state(config, corpus.vocabulary.size, None, make_mesh(4, 8))
+    state = create_state(config, corpus.vocabulary.size, None, small_mesh(4))
     (folder / "run").mkdir()
     corpus.vocabulary.write(folder / "run" / "genes.tsv")
     with CheckpointWriter(folder / "run", keep=2) as writer:
@@ -69,7 +69,7 @@ def test_only_the_newest_are_kept(run):
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_the_state_is_restored_onto_any_mesh(run, num_devices):
     directory, config, corpus, state = run
-    abstract = abstract_state(config, corpus.vocabulary.size, make_mesh(num_devices, 8))
+    abstract = abstract_state(config, corpus.vocabulary.size, small_mesh(num_devices))
     restored = restore_state(directory, 12, abstract)
     assert len(restored.params["embedding"].sharding.device_set) == num_devices
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
@@ -77,7 +77,7 @@ def test_the_state_is_restored_onto_any_mesh(run, num_devices):
 
 def test_arrays_may_be_overwritten_while_they_are_being_saved(run, tmp_path):
     _, config, corpus, _ = run
-    everywhere = replicated(make_mesh(1, 8))
+    everywhere = replicated(small_mesh(1))
     state = {"x": jax.device_put(jnp.zeros(2**23), everywhere)}
     overwrite = jax.jit(lambda state: {"x": state["x"] + 1}, donate_argnums=0)
     with CheckpointWriter(tmp_path, keep=1) as writer:

@@ -24,10 +24,10 @@ from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.records import whole_steps
-from tcc_jax.training.sharding import make_mesh, shard_batch
+from tcc_jax.training.sharding import shard_batch
 from tcc_jax.training.state import abstract_state
 from tests.training.corpora import write_small_corpus
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def config_of(corpus, directory, **sections):
 
 
 def state_at(config, step):
-    abstract = abstract_state(config, open_corpus(config.data.corpus).vocabulary.size, make_mesh(1, 8))
+    abstract = abstract_state(config, open_corpus(config.data.corpus).vocabulary.size, small_mesh(1))
     return jax.device_get(restore_state(Path(config.run.directory), step, abstract))
 
 

@@ -11,17 +11,16 @@ from tcc_jax.corpus.store import open_corpus
 from tcc_jax.training import saving
 from tcc_jax.training.checkpoint import CheckpointWriter, describe, latest_step, restore_state
 from tcc_jax.training.records import whole_steps
-from tcc_jax.training.sharding import make_mesh
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     corpus = open_corpus(write_small_corpus(tmp_path_factory.mktemp("corpora") / "small"))
     config = small_config()
-    mesh = make_mesh(1, 8)
+    mesh = small_mesh(1)
     state = create_state(config, corpus.vocabulary.size, None, mesh)
     return (
         state,

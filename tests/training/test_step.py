@@ -8,18 +8,18 @@ from tcc_jax.config import OptimizerConfig
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
-from tcc_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, parameter_path
-from tcc_jax.training.sharding import make_mesh, shard_batch
+from tcc_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, muon_labels, parameter_path
+from tcc_jax.training.sharding import make_mesh, partition, rows_here, shard_batch
 from tcc_jax.training.state import abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import make_eval_step, make_train_step
 from tests.model.rows import pack, random_rows
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 SIZE = 50
 
 
-def take_steps(config, num_devices, num_steps, rows=None):
-    mesh = make_mesh(num_devices, config.training.batch_rows)
+def take_steps(config, num_steps, rows=None):
+    mesh = make_mesh(config)
     state = create_state(config, SIZE, None, mesh)
     train_step = make_train_step(config, SIZE, mesh)
     metrics = []
@@ -30,34 +30,121 @@ def take_steps(config, num_devices, num_steps, rows=None):
     return state, metrics
 
 
-def test_eight_devices_do_what_one_does():
-    # Cut points and dropout are on: their randomness must not depend on the mesh either.
-    config = small_config()
-    (one, one_metrics), (eight, eight_metrics) = take_steps(config, 1, 3), take_steps(config, 8, 3)
-    assert len(eight.params["embedding"].sharding.device_set) == 8
-    for expected, metrics in zip(one_metrics, eight_metrics, strict=True):
-        assert metrics["scored"] == expected["scored"] > 0
+def eight_heads(**sections):
+    return small_config(model={"num_heads": 8, "width": 32}, **sections)
+
+
+def assert_same_numbers(run, expected_run):
+    (state, metrics), (expected_state, expected_metrics) = run, expected_run
+    for values, expected in zip(metrics, expected_metrics, strict=True):
+        for name in ("scored", "tokens", "keys", "sets"):
+            assert values[name] == expected[name] > 0
         for name in ("loss_sum", "gradient_norm"):
-            assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+            assert values[name] == pytest.approx(expected[name], rel=1e-5)
     # Adam divides by the size of the gradient, so rounding shows as a share of the learning rate, 0.01.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one.params, eight.params)
+    for name in ("params", "average"):
+        leaves, expected_leaves = (jax.device_get(getattr(s, name)) for s in (state, expected_state))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), leaves, expected_leaves)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return take_steps(eight_heads(), 3)
+
+
+SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_eight_devices_in_any_layout_do_what_one_does(one_device, shape):
+    # Cut points and dropout are on: their randomness must not depend on the mesh either.
+    data, fsdp, tensor = shape
+    run = take_steps(eight_heads(mesh={"data": data, "fsdp": fsdp, "tensor": tensor}), 3)
+    embedding = run[0].params["embedding"]
+    assert len(embedding.sharding.device_set) == 8
+    assert embedding.addressable_shards[0].data.size == embedding.size // fsdp // tensor
+    assert_same_numbers(run, one_device)
+
+
+def test_parameters_and_their_moments_are_cut_alike_by_rule():
+    mesh = small_mesh(data=2, fsdp=2, tensor=2)
+    cases = {
+        "blocks/0/attention/query/kernel": ((48, 32), (None, "tensor"), ("fsdp", "tensor")),
+        "blocks/11/attention/output/kernel": ((32, 48), ("tensor", None), ("tensor", "fsdp")),
+        "0/mu/blocks/0/feed_forward/expand/kernel": ((16, 64), (None, "tensor"), ("fsdp", "tensor")),
+        "1/nu/blocks/0/feed_forward/contract/kernel": ((64, 16), ("tensor", None), ("tensor", "fsdp")),
+        "embedding": ((128, 16), ("tensor", None), ("tensor", "fsdp")),
+        # The largest dimension that is divisible; one that is not is left alone.
+        "position_embedding": ((33, 16), (None, None), (None, "fsdp")),
+        "0/count": ((), (), ()),
+        "output_bias": ((128,), ("tensor",), ("tensor",)),
+        "final_norm/scale": ((16,), (None,), (None,)),
+    }
+    for path, (shape, by_tensor, by_both) in cases.items():
+        assert tuple(partition(path, shape, mesh)) == by_both, path
+        assert tuple(partition(path, shape, small_mesh(data=4, tensor=2))) == by_tensor, path
+        assert not any(partition(path, shape, small_mesh(data=8))), path
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"compute": {"scan_layers": True}},
+        {"compute": {"remat": "dots"}},
+        {"compute": {"remat": "full", "scan_layers": True}},
+        {"compute": {"logits_tile": 16}},
+        {"compute": {"remat": "full", "scan_layers": True}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_computed_does_not_change_it(sections):
+    model = {"num_layers": 3, "num_heads": 2}
+    expected = take_steps(small_config(model=model), 2)
+    assert_same_numbers(take_steps(small_config(model=model, **sections), 2), expected)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_microbatches_take_the_mean_over_the_whole_batch(data):
+    # Without randomness: each part draws its own. Rows hold different numbers of scored positions.
+    plain = {"model": {"dropout": 0.0}, "objective": {"cut_points": 0}}
+    expected = take_steps(small_config(**plain), 3)
+    config = small_config(**plain, training={"microbatches": 4}, mesh={"data": data})
+    assert_same_numbers(take_steps(config, 3), expected)
+
+
+def test_the_average_follows_the_parameters():
+    config = small_config(optimizer={"ema_decay": 0.5})
+    state = take_steps(config, 0)[0]
+    average = before = jax.device_get(state.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.evaluated), before)
+    for num_steps in (1, 2, 3):
+        state = take_steps(config, num_steps)[0]
+        decay = min(0.5, num_steps / (9 + num_steps))
+        average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), average, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.evaluated), average)
+    plain = take_steps(small_config(), 3)[0]
+    assert plain.average == {}
+    assert plain.evaluated is plain.params
 
 
 def test_the_state_is_made_as_described():
     config = small_config()
-    mesh = make_mesh(2, 8)
+    mesh = small_mesh(2)
     state, abstract = create_state(config, SIZE, None, mesh), abstract_state(config, SIZE, mesh)
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
 
 
-@pytest.mark.parametrize("kind", ["remaining-set", "next-gene"])
-def test_a_small_model_learns_its_sets_by_heart(kind):
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [("remaining-set", "adamw"), ("next-gene", "adamw"), ("remaining-set", "muon")]
+)
+def test_a_small_model_learns_its_sets_by_heart(kind, optimizer):
     sets = [[list(range(16 + 8 * s, 24 + 8 * s))] for s in range(4)] * 2
     objective = {"kind": kind, "cut_points": 0}
     model = {"dropout": 0.0, "position": "none" if kind == "remaining-set" else "rope"}
-    config = small_config(objective=objective, model=model, training={"steps": 60}, optimizer={"learning_rate": 0.03})
-    _, metrics = take_steps(config, 1, 60, sets)
+    optimizer = {"kind": optimizer, "learning_rate": 0.03}
+    config = small_config(objective=objective, model=model, training={"steps": 60}, optimizer=optimizer)
+    _, metrics = take_steps(config, 60, sets)
     losses = [values["loss_sum"] / values["scored"] for values in metrics]
     # What is left is the choice of the set from <start>, and for the remaining-set loss of the gene within it.
     floor = np.log(4) / 9
@@ -69,7 +156,7 @@ def test_a_small_model_learns_its_sets_by_heart(kind):
 
 def test_evaluation_has_no_dropout_and_the_same_cut_points_each_time():
     config = small_config()
-    mesh = make_mesh(1, 8)
+    mesh = small_mesh(1)
     params = create_state(config, SIZE, None, mesh).params
     batch = shard_batch(pack(random_rows(0, 8, 32, SIZE), 32, 6), mesh)
     eval_step = make_eval_step(config, SIZE, mesh)
@@ -77,9 +164,13 @@ def test_evaluation_has_no_dropout_and_the_same_cut_points_each_time():
     assert first == again != other
 
 
-def test_decay_is_for_matrices_only():
+def marks_by_path(rule):
     params = abstract_params(small_config(model={"position": "learned"}).model, SIZE, 32)
-    marks = {parameter_path(path): mark for path, mark in jax.tree.leaves_with_path(decay_mask(params))}
+    return {parameter_path(path): mark for path, mark in jax.tree.leaves_with_path(rule(params))}
+
+
+def test_decay_is_for_matrices_only():
+    marks = marks_by_path(decay_mask)
     assert sorted(path for path, decays in marks.items() if not decays) == [
         "blocks/0/attention_norm/scale",
         "blocks/0/feed_forward_norm/scale",
@@ -92,6 +183,46 @@ def test_decay_is_for_matrices_only():
         "embedding",
         "position_embedding",
     ]
+
+
+def test_muon_moves_the_kernels_of_the_blocks_and_nothing_else():
+    names = [path for path, label in marks_by_path(muon_labels).items() if label == "muon"]
+    assert len(names) == 6
+    assert all(name.startswith("blocks/0/") and name.endswith("kernel") for name in names)
+
+
+def test_a_muon_update_is_orthogonal_and_scaled_like_adamws():
+    config = OptimizerConfig(kind="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.0, final_fraction=1.0)
+    noise = np.random.default_rng(0)
+    params = {
+        "blocks": {"0": {"query": {"kernel": np.zeros((24, 16), np.float32)}}},
+        "embedding": np.zeros((9, 4), np.float32),
+    }
+    gradient = jax.tree.map(lambda leaf: noise.standard_normal(leaf.shape).astype(np.float32), params)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    left, _, right = np.linalg.svd(gradient["blocks"]["0"]["query"]["kernel"], full_matrices=False)
+    # Newton-Schulz leaves singular values between about 0.7 and 1.2, times 0.1 x 0.2 x sqrt(24).
+    by_svd = left.T @ np.asarray(updates["blocks"]["0"]["query"]["kernel"]) @ right.T / (0.02 * 24**0.5)
+    assert np.all((-np.diag(by_svd) > 0.6) & (-np.diag(by_svd) < 1.3))
+    np.testing.assert_allclose(by_svd - np.diag(np.diag(by_svd)), 0, atol=0.02)
+    np.testing.assert_allclose(updates["embedding"], -0.1 * np.sign(gradient["embedding"]), rtol=1e-3)
+
+
+def test_muon_does_the_same_on_any_mesh():
+    muon = {"kind": "muon"}
+    eight = take_steps(small_config(optimizer=muon, mesh={"data": 2, "fsdp": 2, "tensor": 2}), 3)
+    assert_same_numbers(eight, take_steps(small_config(optimizer=muon), 3))
+
+
+def test_stable_decay_is_constant_and_then_linear():
+    config = OptimizerConfig(
+        schedule="stable-decay", learning_rate=0.5, warmup_steps=10, decay_share=0.25, final_fraction=0.2
+    )
+    rates = [float(learning_rate(config, 100, step)) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(rates[9:75], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(rates[74:], np.linspace(0.5, 0.1, 26), rtol=1e-5)
 
 
 def test_learning_rate_climbs_to_its_peak_and_falls_along_a_cosine():
@@ -121,11 +252,24 @@ def test_frequency_bias_is_the_share_of_each_gene_among_all_targets():
     assert np.count_nonzero(bias_V) == 4
     np.testing.assert_allclose(np.exp(bias_V[[END, -3, -2, -1]]), np.array([8.5, 30.5, 10.5, 0.5]) / 50, rtol=1e-6)
     config = small_config()
-    state = create_state(config, len(counts_V), bias_V, make_mesh(1, 8))
+    state = create_state(config, len(counts_V), bias_V, small_mesh(1))
     np.testing.assert_array_equal(state.params["output_bias"][: len(counts_V)], bias_V)
 
 
-@pytest.mark.parametrize(("num_data", "rows", "words"), [(9, 9, "mesh.data = 9: only 8"), (3, 8, "batch_rows = 8")])
-def test_a_mesh_that_cannot_be_is_refused(num_data, rows, words):
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"mesh": {"data": 9}}, "data x fsdp x tensor = 9 x 1 x 1: only 8"),
+        ({"mesh": {"data": 3}}, "batch_rows / training.microbatches = 8: must be a multiple of the 3"),
+        ({"mesh": {"data": 4}, "training": {"microbatches": 4}}, "microbatches = 2: must be a multiple of the 4"),
+        ({"mesh": {"tensor": 4}}, "model.num_heads = 2: must be a multiple of the 4 devices of mesh.tensor"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sections, words):
     with pytest.raises(UserError, match=words):
-        make_mesh(num_data, rows)
+        make_mesh(small_config(**sections))
+
+
+def test_all_devices_are_taken_unless_told_otherwise():
+    assert dict(make_mesh(small_config(mesh={"data": -1, "tensor": 2})).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert rows_here(small_mesh(2, 2, 2), 8) == (1, 0)
