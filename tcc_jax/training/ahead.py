@@ -1,0 +1,210 @@
+"""Compiling the training step for hardware that is not here, to learn whether it fits.
+
+XLA's compilers for TPUs and GPUs run on any machine, given a description of the devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from tcc_jax.config import Config
+from tcc_jax.terminal import UserError
+from tcc_jax.training.sharding import make_mesh, over_rows
+from tcc_jax.training.state import abstract_state
+from tcc_jax.training.step import make_train_step
+
+GIB = 2**30
+# What a program may use of a device, bytes; libtpu keeps the rest of it. As its out-of-memory errors put it.
+TPU_MEMORY = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+# Of a GPU's memory, the share JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_SHARE = 0.75
+# What XLA asks about an H200 (stream_executor.GpuTargetConfigProto), from NVIDIA's data sheet and its tuning guide.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  name: "NVIDIA H200" device_vendor: "NVIDIA Corporation"
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+        name: as it was asked for.
+        devices: of the topology; they have a kind and a place, and run nothing.
+        memory_bytes: what a program may use on each.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling a step told.
+
+    Attributes:
+        batch_rows: rows of the global batch.
+        state_bytes: parameters, optimizer state and batch on each device.
+        temporary_bytes: what the step needs besides, on each device; None if the compiler found no way to fit it.
+        seconds: of tracing and compilation.
+        fits: whether both together fit.
+        reason: the compiler's words if it gave up.
+    """
+
+    batch_rows: int
+    state_bytes: int
+    temporary_bytes: int | None
+    seconds: float
+    fits: bool
+    reason: str = ""
+
+
+def find_target(topology: str, target_config: str | None = None) -> Target:
+    """Return the devices of a topology.
+
+    Args:
+        topology: GENERATION:SHAPE for TPUs (`v5e:2x4`; v4, v5e, v5p, v6e or tpu7x), or `h200` or `h200:COUNT`.
+        target_config: path of a GPU's description, a text-format GpuTargetConfigProto, in place of the H200's.
+
+    Raises:
+        UserError: a name that is not known, or the compiler for it is not installed.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation in TPU_MEMORY:
+        try:
+            description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        except Exception as error:
+            raise UserError(
+                f"--topology {topology}: {_first_line(error)}; the compiler for TPUs comes with "
+                'pip install "tcc-jax[tpu]", shapes look like v5e:2x4, v4:2x2x1'
+            ) from None
+        return Target(topology, list(description.devices), int(TPU_MEMORY[generation] * GIB))
+    if generation != "h200" or not (shape or "1").isdecimal():
+        raise UserError(
+            f"--topology {topology}: must be one of {', '.join(TPU_MEMORY)} with a shape, such as v5e:2x4, or h200:8"
+        )
+    text = Path(target_config).read_text(encoding="utf-8") if target_config else H200
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name="1x1x1", target_config=text, topology=f"1x1x{shape or 1}"
+        )
+    except Exception as error:
+        raise UserError(
+            f'--topology {topology}: {_first_line(error)}; the compiler for GPUs comes with pip install "tcc-jax[aot-gpu]"'
+        ) from None
+    memory = next(int(word) for before, word in _pairs(text) if before == "device_memory_size:")
+    return Target(topology, list(description.devices), int(GPU_SHARE * memory))
+
+
+def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compiled:
+    """Compile the training step of a run for a target.
+
+    Raises:
+        UserError: a mesh, model or batch that cannot be spread over the devices.
+    """
+    mesh = make_mesh(config, target.devices)
+    state = abstract_state(config, vocabulary_size, mesh)
+    batch = abstract_batch(config, mesh)
+    state_bytes = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves((state, batch)))
+    began = time.monotonic()
+    platform = {"gpu": "cuda"}.get(target.devices[0].platform, target.devices[0].platform)
+    lowered = make_train_step(config, vocabulary_size, mesh).trace(state, batch).lower(lowering_platforms=(platform,))
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.monotonic() - began
+        return Compiled(config.training.batch_rows, state_bytes, None, seconds, False, _first_line(error))
+    # The state's memory is reused for the new one; what the compiler counts as arguments includes padding.
+    arguments = max(state_bytes, memory.argument_size_in_bytes)
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    fits = arguments + temporary <= target.memory_bytes
+    return Compiled(config.training.batch_rows, arguments, temporary, time.monotonic() - began, fits)
+
+
+def largest_batch(
+    config: Config, vocabulary_size: int, target: Target, report: Callable[[Compiled], None]
+) -> Compiled | None:
+    """Find the largest batch whose step fits: rows double until they don't, then the gap is halved down to an eighth.
+
+    Args:
+        config: the run; its `training.batch_rows` is not used.
+        vocabulary_size: V.
+        target: the devices.
+        report: called with each attempt.
+
+    Returns:
+        The largest that fits, or None if one row on each device does not.
+    """
+    alone = dataclasses.replace(config.training, batch_rows=2**20, microbatches=1)
+    sizes = make_mesh(dataclasses.replace(config, training=alone), target.devices).shape
+    unit = sizes["data"] * sizes["fsdp"] * config.training.microbatches
+
+    def attempt(units: int) -> Compiled:
+        training = dataclasses.replace(config.training, batch_rows=units * unit)
+        compiled = compile_step(dataclasses.replace(config, training=training), vocabulary_size, target)
+        report(compiled)
+        return compiled
+
+    best, low, high = None, 0, 1
+    while high < 2**14 and (compiled := attempt(high)).fits:
+        best, low, high = compiled, high, 2 * high
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        if (compiled := attempt(middle)).fits:
+            best, low = compiled, middle
+        else:
+            high = middle
+    return best
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and shardings of a batch, as the loader makes them."""
+    training = config.training
+    lengths = {"tokens": training.row_length, "segments": training.row_length}
+    lengths |= {"starts": training.segments_per_row, "gene_counts": training.segments_per_row}
+    return {
+        name: jax.ShapeDtypeStruct((training.batch_rows, length), jnp.int32, sharding=over_rows(mesh))
+        for name, length in lengths.items()
+    }
+
+
+def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return int(jnp.dtype(leaf.dtype).itemsize * jnp.prod(jnp.array(shape, jnp.float32))) if shape else 4
+
+
+def _pairs(text: str) -> Any:
+    words = text.split()
+    return zip(words, words[1:], strict=False)
+
+
+def _first_line(error: Exception) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).strip().splitlines()[0][:300]
+    return type(error).__name__
