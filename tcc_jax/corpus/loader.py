@@ -5,7 +5,8 @@ Grain reads ahead in threads; the state of the loader is the step number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import grain
@@ -21,6 +22,11 @@ Batch = dict[str, np.ndarray]
 
 class BatchSource(grain.sources.RandomAccessDataSource):
     """Batches by step. Every epoch deals the sets of each length anew to the slots of the plan, and shuffles the rows.
+
+    Without library weights an epoch shows every set once. With them, a set of weight w is seen w / (mean weight of the
+    sets) times in an epoch on average, by systematic resampling: floor or ceiling of that each time. An epoch keeps its
+    rows, so sets drawn more often than there are slots of their length go to the nearest ones left free: in a shorter
+    slot a set gives a fresh random subset, in a longer one it leaves padding.
 
     A batch is a dict of int32 arrays, B rows of T tokens with at most M segments:
         tokens: [B, T] ids, 0 is padding.
@@ -39,13 +45,15 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         segments_per_row: int,
         seed: int,
         gene_order: Literal["shuffled", "file"] = "shuffled",
+        library_weights: Mapping[str, float] | None = None,
         num_hosts: int = 1,
         host: int = 0,
     ) -> None:
         """Plan the epoch. `batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
 
         Raises:
-            UserError: the split is empty, or the rows cannot be divided among the hosts.
+            UserError: the split is empty, the rows cannot be divided among the hosts, a library with a weight is not in
+                the corpus (the nearest ones are named), or no set has a weight over 0.
         """
         if batch_rows % num_hosts:
             raise UserError(
@@ -56,16 +64,17 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         if not len(self._sets):
             raise UserError(f"{corpus.path}: no {split} sets in this corpus; prepare it with a larger share")
         self._lengths = segment_lengths(corpus.lengths[self._sets], row_length)
+        self._weights = _set_weights(corpus, split, library_weights or {})
         self.plan: Plan = plan_rows(self._lengths, row_length, segments_per_row)
         self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
         self._host_rows = slice(host * batch_rows // num_hosts, (host + 1) * batch_rows // num_hosts)
         self._seed, self._gene_order = seed, gene_order
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._slots_by_length = np.argsort(self.plan.slot_lengths, kind="stable")
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which every set is seen once; batches run on over the end of an epoch."""
+        """Steps in which as many sets are seen as there are; batches run on over the end of an epoch."""
         return self.plan.num_rows / self._batch_rows
 
     def __len__(self) -> int:
@@ -84,17 +93,17 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         }
         epochs, places = np.divmod(rows, plan.num_rows)
         for epoch in np.unique(epochs):
-            order, dealt = self._epoch(int(epoch))
+            order, dealt, copies = self._epoch(int(epoch))
             here = np.flatnonzero(epochs == epoch)
             planned = order[places[here]]
             first_slots = plan.row_starts[planned]
             row, in_row = _ragged(plan.row_starts[planned + 1] - first_slots)
             slots = first_slots[row] + in_row
-            self._fill(batch, here[row], in_row, plan.slot_lengths[slots], dealt[slots], int(epoch))
+            self._fill(batch, here[row], in_row, plan.slot_lengths[slots], dealt[slots], copies[slots], int(epoch))
         return batch
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the order of the plan's rows, and the set dealt to each slot."""
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the order of the plan's rows, and for each slot its set and which copy of it in this epoch."""
         epochs = self._epochs
         if epoch not in epochs:
             # A batch may reach over the end of an epoch, so two are kept. Threads replace the dict, never change it.
@@ -102,22 +111,51 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             self._epochs = epochs
         return epochs[epoch]
 
-    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         random = np.random.Generator(np.random.Philox([self._seed, epoch]))
         order = random.permutation(self.plan.num_rows)
         shuffled = random.permutation(len(self._sets))
-        dealt = np.empty(len(self._sets), np.int64)
-        dealt[self._slots_by_length] = shuffled[np.argsort(self._lengths[shuffled], kind="stable")]
-        return order, self._sets[dealt]
+        drawn, copies = _ragged(self._counts(random))
+        shuffled = shuffled[np.argsort(self._lengths[drawn[shuffled]], kind="stable")]
+        drawn, copies, slots = drawn[shuffled], copies[shuffled], self._slots_by_length
+        # Each set goes to a slot of its length while there is one, and the rest, by length, to the slots then free:
+        # no other way cuts and pads less.
+        fits, taken = _in_common(self._lengths[drawn], self.plan.slot_lengths[slots])
+        fitted, slots = np.argsort(~fits, kind="stable"), slots[np.argsort(~taken, kind="stable")]
+        dealt, numbers = np.empty_like(drawn), np.empty_like(copies)
+        dealt[slots], numbers[slots] = self._sets[drawn[fitted]], copies[fitted]
+        return order, dealt, numbers
+
+    def _counts(self, random: np.random.Generator) -> np.ndarray:
+        """Return [sets] how often each set is seen in an epoch, by systematic resampling; they add up to the sets."""
+        number, weights = len(self._weights), self._weights
+        if (weights == weights[0]).all():
+            return np.ones(number, np.int64)
+        # Drawn along weights, and along lengths within: what libraries of one weight are due is met to within one set.
+        shuffled = random.permutation(number)
+        shuffled = shuffled[np.lexsort((self._lengths[shuffled], weights[shuffled]))]
+        sums = np.cumsum(weights[shuffled])
+        last = np.minimum(np.floor(sums / sums[-1] * number + random.random()), number).astype(np.int64)
+        counts = np.empty(number, np.int64)
+        counts[shuffled] = np.diff(last, prepend=0)
+        return counts
 
     def _fill(
-        self, batch: Batch, rows: np.ndarray, in_row: np.ndarray, lengths: np.ndarray, sets: np.ndarray, epoch: int
+        self,
+        batch: Batch,
+        rows: np.ndarray,
+        in_row: np.ndarray,
+        slot_lengths: np.ndarray,
+        sets: np.ndarray,
+        copies: np.ndarray,
+        epoch: int,
     ) -> None:
         offsets = self._corpus.offsets
         set_starts, gene_counts = offsets[sets], offsets[sets + 1] - offsets[sets]
-        whole = gene_counts + 2 <= lengths
+        whole = gene_counts + 2 <= slot_lengths
+        lengths = np.where(whole, gene_counts + 2, slot_lengths)
         kept_counts = np.where(whole, gene_counts, lengths - 1)
-        genes, owner, place = self._drawn_genes(set_starts, gene_counts, kept_counts, epoch)
+        genes, owner, place = self._drawn_genes(set_starts, gene_counts, kept_counts, copies, epoch)
 
         # Segments of a row follow one another: a start is the sum of the lengths before it in its row.
         before = np.cumsum(lengths) - lengths
@@ -131,12 +169,13 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         batch["gene_counts"][rows, in_row] = kept_counts
 
     def _drawn_genes(
-        self, set_starts: np.ndarray, gene_counts: np.ndarray, kept_counts: np.ndarray, epoch: int
+        self, set_starts: np.ndarray, gene_counts: np.ndarray, kept_counts: np.ndarray, copies: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw `kept_counts` genes of each set: return them flat, with the set each belongs to and its place there."""
         owner, place = _ragged(gene_counts)
         flat = set_starts[owner] + place
-        keys = _hash(np.uint64(self._seed), np.uint64(epoch), flat.astype(np.uint64))
+        mentions = flat + copies[owner] * len(self._corpus.tokens)
+        keys = _hash(np.uint64(self._seed), np.uint64(epoch), mentions.astype(np.uint64))
         # Owner in the high bits: one sort of 64-bit integers shuffles every set within itself. Stable, so that a tie
         # of two keys is broken alike wherever the set lies.
         keys = (owner.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24))
@@ -170,9 +209,35 @@ def make_loader(corpus: Corpus, split: Split, *, start_step: int = 0, **settings
     """Return the batches of a split from `start_step` on; `settings` are those of `BatchSource`.
 
     Raises:
-        UserError: the split is empty, or the rows cannot be divided among the hosts.
+        UserError: as `BatchSource`.
     """
     return Loader(BatchSource(corpus, split, **settings), start_step)
+
+
+def _set_weights(corpus: Corpus, split: Split, library_weights: Mapping[str, float]) -> np.ndarray:
+    known = sorted(set(corpus.libraries))
+    for name in library_weights:
+        if name not in known:
+            nearest = ", ".join(difflib.get_close_matches(name, known, cutoff=0.0))
+            raise UserError(
+                f"data.library_weights: {name}: no such library in {corpus.path}; the nearest are {nearest}"
+            )
+    weights = np.array([library_weights.get(corpus.libraries[index], 1.0) for index in corpus.indices(split)])
+    if not weights.any():
+        raise UserError(
+            f"data.library_weights: every library with {split} sets in {corpus.path} has weight 0; give one a weight"
+        )
+    return weights
+
+
+def _in_common(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for two ascending arrays of lengths, masks of the largest part of each that the other has too."""
+    counts = [np.bincount(lengths, minlength=max(ours[-1], theirs[-1]) + 1) for lengths in (ours, theirs)]
+    both = np.minimum(*counts)
+    ours_in_both, theirs_in_both = (
+        _ragged(count)[1] < both[lengths] for count, lengths in zip(counts, (ours, theirs), strict=True)
+    )
+    return ours_in_both, theirs_in_both
 
 
 def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

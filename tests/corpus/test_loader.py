@@ -1,11 +1,15 @@
-"""Batches: what a row holds, purity in (seed, step), hosts, epochs, subsets of long sets."""
+"""Batches: what a row holds, purity in (seed, step), hosts, epochs, subsets of long sets, library weights."""
 
+import hashlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from tcc_jax.corpus.loader import BatchSource, make_loader
+from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL, START
 from tcc_jax.terminal import UserError
 from tests.corpus.corpora import make_corpus
@@ -74,7 +78,7 @@ def test_orders_are_uniform(corpus):
     for epoch in range(2000):
         where = np.array([index])
         start, count = corpus.offsets[where], corpus.offsets[where + 1] - corpus.offsets[where]
-        firsts.append(int(source._drawn_genes(start, count, count, epoch)[0][0]))
+        firsts.append(int(source._drawn_genes(start, count, count, np.zeros(1, np.int64), epoch)[0][0]))
     counts = np.array([firsts.count(gene) for gene in target])
     expected = 2000 / len(target)
     statistic = ((counts - expected) ** 2 / expected).sum()
@@ -132,3 +136,144 @@ def test_errors(corpus, tmp_path):
     empty = make_corpus(tmp_path / "none", validation_share=0.0)
     with pytest.raises(UserError, match="no validation sets"):
         make_loader(empty, "validation", **SETTINGS)
+
+
+def numbered_corpus(sizes):
+    """Return a corpus of `sizes` (library -> genes in each of its sets) where every mention is a gene of its own."""
+    lengths = [length for of_library in sizes.values() for length in of_library]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Corpus(
+        path=Path("numbered"),
+        meta={},
+        vocabulary=None,
+        names=[],
+        libraries=[library for library, of_library in sizes.items() for _ in of_library],
+        other_names=[],
+        splits=np.zeros(len(lengths), np.uint8),
+        clusters=np.zeros(len(lengths), np.int64),
+        tokens=np.arange(NUM_SPECIAL, NUM_SPECIAL + offsets[-1]).astype(np.uint16),
+        offsets=offsets,
+    )
+
+
+def weighted_source(corpus, library_weights, **settings):
+    """Return a source whose batches are whole epochs, and the sets of a batch's segments."""
+    rows = BatchSource(corpus, "train", **SETTINGS).plan.num_rows
+    settings = {**SETTINGS, "batch_rows": rows, **settings}
+    source = BatchSource(corpus, "train", **settings, library_weights=library_weights)
+
+    def sets_of(batch):
+        firsts = np.array([segment[1] - NUM_SPECIAL for segment in segments_of(batch)])
+        return np.searchsorted(corpus.offsets, firsts, side="right") - 1
+
+    return source, sets_of
+
+
+MIXED = {
+    "plain": [5 + i % 24 for i in range(60)],
+    "often": [5 + i * i % 37 for i in range(50)],
+    "rare": [6 + i % 30 for i in range(45)],
+    "never": [7 + i % 20 for i in range(45)],
+}
+WEIGHTS = {"often": 3.7, "rare": 0.4, "never": 0.0}
+
+
+def test_equal_weights_give_the_batches_of_none():
+    # Recorded before there were weights.
+    corpus = numbered_corpus({f"L{i}": [5 + i * i % 37] for i in range(200)})
+    for weights in ({}, {f"L{i}": 0.1 for i in range(200)}):
+        source = BatchSource(corpus, "train", **SETTINGS, library_weights=weights)
+        digest = hashlib.sha256()
+        for step in (0, 1, 11, 40):
+            for _, array in sorted(source[step].items()):
+                digest.update(array.tobytes())
+        assert digest.hexdigest() == "3c2138b2dc3d4c629d7c78473de56cc5783e6bdc4688d57299f66cab29dc73d1"
+
+
+def test_sets_are_seen_in_proportion_to_the_weight_of_their_library():
+    corpus = numbered_corpus(MIXED)
+    source, sets_of = weighted_source(corpus, WEIGHTS)
+    weights = np.array([WEIGHTS.get(library, 1.0) for library in corpus.libraries])
+    expected = weights / weights.mean()
+    epochs = 400
+    counts = np.array([np.bincount(sets_of(source[epoch]), minlength=len(weights)) for epoch in range(epochs)])
+    assert (counts.sum(axis=1) == len(weights)).all()
+    assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
+    assert not counts[:, weights == 0].any()
+    for weight in np.unique(weights):
+        due = expected[weights == weight].sum()
+        assert (abs(counts[:, weights == weight].sum(axis=1) - due) < 1).all()
+    # A count is its floor or one more, independently in each epoch. Hoeffding: its mean over the epochs is off by more
+    # than t with probability 2 exp(-2 epochs t^2) at most; t is such that all 200 sets together have one of 1e-6.
+    t = np.sqrt(np.log(2 * len(weights) / 1e-6) / (2 * epochs))
+    assert t < 0.16
+    assert (abs(counts.mean(axis=0) - expected) < t).all()
+
+
+def test_weights_leave_the_rows_of_an_epoch():
+    corpus = numbered_corpus(MIXED)
+    plain = BatchSource(corpus, "train", **SETTINGS)
+    source, sets_of = weighted_source(corpus, WEIGHTS)
+    assert source.plan.num_rows == plain.plan.num_rows
+    np.testing.assert_array_equal(source.plan.slot_lengths, plain.plan.slot_lengths)
+    for epoch in range(3):
+        batch = source[epoch]
+        assert len(sets_of(batch)) == corpus.num_sets
+        assert sorted(batch["segments"].max(axis=1)) == sorted(np.diff(source.plan.row_starts))
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4])
+def test_weighted_batches_are_the_same_on_any_number_of_hosts(num_hosts):
+    corpus = numbered_corpus(MIXED)
+    settings = dict(**SETTINGS, library_weights=WEIGHTS)
+    whole = BatchSource(corpus, "train", **settings)
+    parts = [BatchSource(corpus, "train", **settings, num_hosts=num_hosts, host=host) for host in range(num_hosts)]
+    last = whole.plan.num_rows // 8  # reaches over the end of the first epoch
+    for step in (0, last, 40):
+        for key, array in whole[step].items():
+            np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), array)
+    resumed = next(iter(make_loader(corpus, "train", **settings, start_step=40)))
+    np.testing.assert_array_equal(resumed["tokens"], whole[40]["tokens"])
+
+
+def test_sets_go_to_the_slots_nearest_in_length():
+    corpus = numbered_corpus(MIXED)
+    source, _ = weighted_source(corpus, WEIGHTS)
+    for epoch in range(3):
+        _, sets, _ = source._epoch(epoch)
+        lengths, slots = np.minimum(corpus.lengths[sets] + 2, 32), source.plan.slot_lengths
+        off = abs(lengths[:, None] - slots)
+        assert abs(lengths - slots).sum() == off[linear_sum_assignment(off)].sum() > 0
+        in_common = np.minimum(np.bincount(lengths, minlength=33), np.bincount(slots, minlength=33)).sum()
+        assert (lengths == slots).sum() == in_common > 100
+
+
+def test_slots_of_a_left_out_library_take_subsets_of_longer_sets():
+    corpus = numbered_corpus({"short": [10] * 12, "long": [25] * 4})
+    source, sets_of = weighted_source(corpus, {"short": 0.0}, gene_order="file")
+    batch = source[0]
+    segments = list(segments_of(batch))
+    assert (sets_of(batch) >= 12).all()
+    cut = [s for s in segments if s[-1] != END]
+    assert sorted(len(s) for s in segments) == [12] * 12 + [27] * 4
+    # Each long set is seen four times; the copies that are cut are other subsets.
+    assert len(cut) == 12 == len({tuple(s) for s in cut})
+
+
+def test_slots_of_a_left_out_library_take_shorter_sets_and_padding():
+    corpus = numbered_corpus({"short": [10] * 12, "long": [25] * 4})
+    source, sets_of = weighted_source(corpus, {"long": 0.0})
+    batch = source[0]
+    segments = list(segments_of(batch))
+    assert (sets_of(batch) < 12).all()
+    assert [len(s) for s in segments] == [12] * 16 and all(s[-1] == END for s in segments)
+    # Twice in an epoch is two orders.
+    assert len({tuple(s) for s in segments}) == 16
+
+
+def test_errors_of_library_weights():
+    corpus = numbered_corpus(MIXED)
+    with pytest.raises(UserError, match=r"data\.library_weights: offen: no such library in numbered; .* often"):
+        make_loader(corpus, "train", **SETTINGS, library_weights={"offen": 2.0})
+    with pytest.raises(UserError, match="every library with train sets in numbered has weight 0"):
+        make_loader(corpus, "train", **SETTINGS, library_weights=dict.fromkeys(MIXED, 0.0))
