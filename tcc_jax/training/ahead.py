@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,9 @@ from tcc_jax.training.state import abstract_state
 from tcc_jax.training.step import make_train_step
 
 GIB = 2**30
-# What a program may use of a device, bytes; libtpu keeps the rest of it. As its out-of-memory errors put it.
-TPU_MEMORY = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+# GiB a program may use of a device, as libtpu's out-of-memory errors put it; it keeps the rest for itself. A v4 chip is
+# compiled for as two devices of a core each, and a tpu7x chip is two devices.
+TPU_MEMORY = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 # Of a GPU's memory, the share JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
 # What XLA asks about an H200 (stream_executor.GpuTargetConfigProto), from NVIDIA's data sheet and its tuning guide.
@@ -114,9 +116,10 @@ def find_target(topology: str, target_config: str | None = None) -> Target:
         )
     except Exception as error:
         raise UserError(
-            f'--topology {topology}: {_first_line(error)}; the compiler for GPUs comes with pip install "tcc-jax[aot-gpu]"'
+            f"--topology {topology}: {_first_line(error)}; the compiler for GPUs comes with "
+            'pip install "tcc-jax[aot-gpu]"'
         ) from None
-    memory = next(int(word) for before, word in _pairs(text) if before == "device_memory_size:")
+    memory = next(int(word) for before, word in itertools.pairwise(text.split()) if before == "device_memory_size:")
     return Target(topology, list(description.devices), int(GPU_SHARE * memory))
 
 
@@ -195,13 +198,7 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Sha
 
 
 def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return int(jnp.dtype(leaf.dtype).itemsize * jnp.prod(jnp.array(shape, jnp.float32))) if shape else 4
-
-
-def _pairs(text: str) -> Any:
-    words = text.split()
-    return zip(words, words[1:], strict=False)
+    return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def _first_line(error: Exception) -> str:

@@ -30,7 +30,7 @@ _LOGITS_AT_ONCE = {"cpu": 2**24}
 _LOGITS_AT_ONCE_ELSEWHERE = 2**30
 
 
-def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callable[[TrainState, Batch], Any]:
+def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     """Return the jitted `train_step(state, batch) -> (state, metrics)`; it reuses the memory of the state it is given.
 
     A batch has `tokens` and `segments` [B, T] and `starts` and `gene_counts` [B, M], int32, its rows spread over the
@@ -99,7 +99,7 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callabl
     return jax.jit(train_step, donate_argnums=0, in_shardings=(layout, rows), out_shardings=(layout, whole))
 
 
-def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Callable[[Params, Batch, np.int32], Any]:
+def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     """Return the jitted `eval_step(params, batch, index) -> (loss_sum, scored)`, without dropout.
 
     `index` is the batch's number in the evaluation, int32: it decides the cut points, which are the same at every step.

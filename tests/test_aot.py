@@ -1,0 +1,109 @@
+"""Whether a step fits hardware that is not here: on the CPU's own devices, and on a TPU topology where libtpu is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tcc_jax.terminal import UserError
+from tcc_jax.training import ahead
+from tcc_jax.training.ahead import Compiled, Target, compile_step, find_target, largest_batch
+from tests.training.runs import small_config
+
+CONFIG = """
+[model]
+num_layers = 1
+width = 128
+num_heads = 2
+[training]
+batch_rows = 16
+row_length = 128
+segments_per_row = 4
+"""
+
+
+def target(memory_bytes, num_devices=8):
+    return Target("cpu", jax.devices()[:num_devices], memory_bytes)
+
+
+def test_memory_is_that_of_the_state_on_each_device_and_of_the_step():
+    config = small_config(mesh={"data": 1, "fsdp": 1})
+    one = compile_step(config, 50, target(2**30, 1))
+    assert one.fits
+    # Parameters and two moments of 128 x 16 and more, and nothing forgotten of 8 x 32 tokens and segments.
+    params = 128 * 16 + 128 + 4 * 16 * 16 + 2 * 16 * 64 + 3 * 16
+    batch = 8 * (32 + 32 + 4 + 4)
+    assert one.state_bytes == pytest.approx(4 * (3 * params + batch), abs=64)
+    assert one.temporary_bytes > 4 * 8 * 32 * 64
+    spread = compile_step(small_config(mesh={"data": 1, "fsdp": 8}), 50, target(2**30))
+    assert spread.state_bytes < one.state_bytes / 4
+
+
+def test_a_step_that_needs_more_than_there_is_does_not_fit():
+    config = small_config()
+    needed = compile_step(config, 50, target(2**30, 1))
+    total = needed.state_bytes + needed.temporary_bytes
+    assert compile_step(config, 50, target(total, 1)).fits
+    assert not compile_step(config, 50, target(total - 1, 1)).fits
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 37, 64, 1000])
+def test_the_largest_batch_is_found_to_an_eighth(most, monkeypatch):
+    tried = []
+
+    def compile_step(config, vocabulary_size, target):
+        rows = config.training.batch_rows
+        tried.append(rows)
+        return Compiled(rows, 1, 1, 0.0, rows <= 8 * most)
+
+    monkeypatch.setattr(ahead, "compile_step", compile_step)
+    best = largest_batch(small_config(mesh={"data": 4}, training={"microbatches": 2}), 50, target(1), lambda _: None)
+    assert all(rows % 8 == 0 for rows in tried)
+    assert len(tried) == len(set(tried)) <= 16
+    if most == 0:
+        assert best is None
+    else:
+        assert 8 * most * 8 / 9 <= best.batch_rows <= 8 * most
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"), [("v9:1", "must be one of v4"), ("h200:x", "must be one of"), ("v5e:9x9x9", "v5e:9x9x9")]
+)
+def test_a_topology_that_is_not_known_is_refused(topology, words):
+    with pytest.raises(UserError, match=words):
+        find_target(topology)
+
+
+def run(*arguments):
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("JAX_NUM")}
+    command = [sys.executable, "-m", "tcc_jax.aot", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_command_says_in_a_line_what_is_missing(tmp_path):
+    (tmp_path / "run.toml").write_text(CONFIG)
+    for arguments in (
+        [],
+        ["--topology", "v5e:2x4"],
+        [tmp_path / "run.toml"],
+        [tmp_path / "run.toml", "--topology", "x"],
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_step_is_compiled_for_a_tpu_slice(tmp_path):
+    (tmp_path / "run.toml").write_text(CONFIG)
+    done = run(tmp_path / "run.toml", "--topology", "v5e:2x4", "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["devices"] == 8
+    assert result["attempts"][0]["fits"]
+    assert 0 < result["attempts"][0]["temporary_bytes"] < result["memory_bytes"] == int(15.75 * 2**30)
