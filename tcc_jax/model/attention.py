@@ -1,6 +1,6 @@
 """Attention over packed rows: a token sees the tokens of its own segment up to itself, and nothing of its neighbours.
 
-`attend` has one meaning; faster backends than plain XLA join it here and are tested against it.
+`attend` says what is meant, in plain XLA; the kernels in kernels.py that compute the same are tested against it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def attend(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT:
         segments_BT: int32, 0 for padding, else the number of the segment a position belongs to.
 
     Returns:
-        BTNH in the type of the queries. Padding gives zeros, and takes and sends no gradient.
+        BTNH in the type of the queries. Padding gives zeros, and takes and sends no gradient; what it holds has no
+        effect as long as it is finite (a weight of zero times NaN is NaN).
     """
     length = q_BTNH.shape[1]
     real_BT = segments_BT > 0
