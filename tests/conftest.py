@@ -1,9 +1,12 @@
-"""What must be set before JAX is imported: CPU only, eight devices of it for the sharding tests, compilations kept."""
+"""What must be set before JAX is imported: eight devices of the CPU for the sharding tests, compilations kept.
+
+TCC_TEST_PLATFORM=cuda runs tests on another platform: those of tests/model/test_attention.py are meant for it.
+"""
 
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TCC_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

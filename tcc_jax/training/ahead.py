@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from tcc_jax.config import Config
+from tcc_jax.model.kernels import tracing_for_absent_gpu
 from tcc_jax.terminal import UserError
 from tcc_jax.training.sharding import make_mesh, over_rows
 from tcc_jax.training.state import abstract_state
@@ -135,7 +136,9 @@ def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compil
     state_bytes = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves((state, batch)))
     began = time.monotonic()
     platform = {"gpu": "cuda"}.get(target.devices[0].platform, target.devices[0].platform)
-    lowered = make_train_step(config, vocabulary_size, mesh).trace(state, batch).lower(lowering_platforms=(platform,))
+    with tracing_for_absent_gpu() if platform == "cuda" else contextlib.nullcontext():
+        traced = make_train_step(config, vocabulary_size, mesh).trace(state, batch)
+    lowered = traced.lower(lowering_platforms=(platform,))
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tcc_jax.config import Config
 from tcc_jax.model.attention import segment_offsets
 from tcc_jax.model.decoder import Execution, Params, merge, padded_vocabulary_size
+from tcc_jax.model.kernels import choose_backend, make_attend
 from tcc_jax.model.objective import LOSSES, cut_positions
 from tcc_jax.training.optimizer import learning_rate, make_optimizer
-from tcc_jax.training.sharding import over_rows, replicated
+from tcc_jax.training.sharding import over_rows, replicated, spread_heads
 from tcc_jax.training.state import TrainState, abstract_state
 
 Batch = dict[str, jax.Array]
@@ -99,6 +99,24 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     return jax.jit(train_step, donate_argnums=0, in_shardings=(layout, rows), out_shardings=(layout, whole))
 
 
+def attention_backend(config: Config, mesh: Mesh) -> str:
+    """Return the attention kernel that a run's steps use on a mesh.
+
+    Raises:
+        UserError: `compute.attention` asks for one that these devices or this model cannot have.
+    """
+    device, model = mesh.devices.flat[0], config.model
+    return choose_backend(
+        config.compute.attention,
+        platform=device.platform,
+        compute_capability=float(device.compute_capability) if device.platform in ("gpu", "cuda") else None,
+        row_length=config.training.row_length,
+        head_size=model.width // model.num_heads,
+        dtype=model.matmul_dtype,
+        device_kind=device.device_kind,
+    )
+
+
 def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     """Return the jitted `eval_step(params, batch, index) -> (loss_sum, scored)`, without dropout.
 
@@ -116,7 +134,10 @@ def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
 
 def _make_loss(config: Config, vocabulary_size: int, mesh: Mesh, *, training: bool) -> Callable:
     objective, compute, row_length = config.objective, config.compute, config.training.row_length
+    backend = attention_backend(config, mesh)
+    attend = make_attend(backend, segments_per_row=config.training.segments_per_row)
     execution = Execution(
+        attend=attend if backend == "xla" else spread_heads(attend, mesh),
         remat=compute.remat,
         scan_layers=compute.scan_layers,
         place=lambda x_BTD: jax.lax.with_sharding_constraint(x_BTD, over_rows(mesh)),

@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,16 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tcc_jax.model.kernels import choose_backend, make_attend, segment_slots, tracing_for_absent_gpu
+from tcc_jax.model.kernels import (
+    BACKENDS,
+    KERNELS_OF,
+    choose_backend,
+    make_attend,
+    segment_slots,
+    tracing_for_absent_gpu,
+)
 from tcc_jax.terminal import UserError
+from tcc_jax.training.ahead import H200
 
 # Three blocks of 128 for the kernels, with segments over their borders.
 LENGTH, NUM_HEADS = 384, 2
@@ -91,9 +98,9 @@ def reference(q_BTNH, k_BTNH, v_BTNH, cotangent_BTNH, segments_BT):
     return results, moved
 
 
-def results_of(attend, q, k, v, cotangent):
+def results_of(attend, q, k, v, cotangent, segments_BT=SEGMENTS_BT):
     def forward_and_backward(q, k, v, cotangent):
-        output, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, SEGMENTS_BT), q, k, v)
+        output, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
         return output, *pull_back(cotangent)
 
     return jax.jit(forward_and_backward)(q, k, v, cotangent)
@@ -121,6 +128,19 @@ def test_outputs_and_gradients_are_those_of_a_float64_loop(backend, case):
         else:
             # bfloat16 keeps 8 bits: each result and what it is summed from is rounded once, and moved no further.
             assert np.all(np.abs(result - exact) <= 2.0**-8 * units)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_of_this_device_give_the_results_of_a_float64_loop(backend):
+    # TCC_TEST_PLATFORM=cuda or tpu runs this; elsewhere the kernels are interpreted, above.
+    if backend not in ("xla", *KERNELS_OF.get(jax.default_backend(), ())) or jax.default_backend() == "cpu":
+        pytest.skip(f"{backend} is not for the {jax.default_backend()} devices here")
+    inputs = [x[:4] for x in random_inputs(64, ml_dtypes.bfloat16)]
+    expected, moved = reference(*inputs, RUNS_BT)
+    found = results_of(make_attend(backend, segments_per_row=8), *inputs, segments_BT=RUNS_BT)
+    for result, exact, units in zip(found, expected, moved, strict=True):
+        np.testing.assert_array_equal(np.asarray(result, np.float64)[RUNS_BT == 0], 0)
+        assert np.all(np.abs(np.asarray(result, np.float64) - exact) <= 2.0**-8 * units)
 
 
 def test_float32_products_of_the_plain_backend_keep_all_bits_on_a_tpu():
@@ -254,7 +274,7 @@ def test_a_gpu_kernel_compiles_for_an_h200(backend):
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="1x1x1",
-        target_config=(Path(__file__).parent / "h200.txtpb").read_text(),
+        target_config=H200,
         topology="1x1x1",
     )
     mesh = Mesh(np.array(topology.devices).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
