@@ -73,6 +73,9 @@ class ObjectiveConfig:
     """Cut points lie above this share of a set's genes."""
     cut_high: float = 1.0
     """Cut points lie below this share of a set's genes; 1 can reach the end, whose target is <end>."""
+    false_genes: float = 0.0
+    """Largest share of false genes in a training prompt. Each set draws a share up to it; that many of its genes are
+    replaced by random ones as they are shown, and stay among the genes to find."""
     frequency_bias: bool = True
     """Start the output bias at each gene's log frequency in the training sets, instead of at zero."""
 
@@ -235,6 +238,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "objective.cut_points": (0, 1024),
     "objective.cut_low": (0, 1),
     "objective.cut_high": (0, 1),
+    "objective.false_genes": (0, 1),
     "optimizer.learning_rate": (0, 1e3),
     "optimizer.decay_share": (0, 1),
     "optimizer.warmup_steps": (0, 2**31),

@@ -24,6 +24,7 @@ def remaining_set_loss(
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
     weights_BC: jax.Array | None = None,
+    replaced_BT: jax.Array | None = None,
     tile: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy against the uniform distribution over the genes still to come in the segment, <end> when none are.
@@ -37,6 +38,7 @@ def remaining_set_loss(
         segments_BT: int32, 0 for padding, else the segment's number.
         positions_BC: int32 columns to score; None scores every position that has a target.
         weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
+        replaced_BT: bool, genes of `tokens_BT` that the decoder was not shown: they are to come wherever they stand.
         tile: positions, over all rows, whose logits are held at once; 0 holds them all.
 
     Returns:
@@ -47,7 +49,10 @@ def remaining_set_loss(
     position_BC1 = positions_BC[:, :, None]
     index_T = jnp.arange(tokens_BT.shape[1])
     same_BCT = jnp.take_along_axis(segments_BT, positions_BC, axis=1)[:, :, None] == segments_BT[:, None, :]
-    to_come_BCT = same_BCT & (index_T > position_BC1) & (tokens_BT >= NUM_SPECIAL)[:, None, :]
+    unseen_BCT = index_T > position_BC1
+    if replaced_BT is not None:
+        unseen_BCT = unseen_BCT | replaced_BT[:, None, :]
+    to_come_BCT = same_BCT & unseen_BCT & (tokens_BT >= NUM_SPECIAL)[:, None, :]
     count_BC = jnp.sum(to_come_BCT, axis=-1)
     # Nothing to come: the next token is <end>, and it is the whole target.
     target_BCT = to_come_BCT | ((count_BC[:, :, None] == 0) & (index_T == position_BC1 + 1))
@@ -76,17 +81,38 @@ def next_gene_loss(
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
     weights_BC: jax.Array | None = None,
+    replaced_BT: jax.Array | None = None,
     tile: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy against the next token of the segment: the next gene, or <end> after the last.
 
-    Arguments and results are those of `remaining_set_loss`.
+    Arguments and results are those of `remaining_set_loss`; `replaced_BT` does not change the target.
     """
     positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
     next_BC = jnp.minimum(positions_BC + 1, tokens_BT.shape[1] - 1)
     target_BC = jnp.take_along_axis(tokens_BT, next_BC, axis=1)
     bias_BC = decoder.output_bias[target_BC]
     return _cross_entropy(decoder, h_BCD, decoder.embedding[target_BC], bias_BC, weights_BC, tile)
+
+
+def with_false_genes(
+    key: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array, largest_share: float, vocabulary_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Replace some genes of each segment by genes drawn at random from the whole vocabulary.
+
+    Each segment draws its share uniformly between 0 and `largest_share`, and each of its genes is replaced with that
+    probability.
+
+    Returns:
+        The tokens to show, BT int32, and which of them were replaced, BT bool.
+    """
+    share_key, choice_key, gene_key = jax.random.split(key, 3)
+    # One number for each place a segment could have: no row holds more segments than tokens.
+    share_BT = largest_share * jax.random.uniform(share_key, tokens_BT.shape)
+    share_BT = jnp.take_along_axis(share_BT, jnp.minimum(segments_BT, tokens_BT.shape[1] - 1), axis=1)
+    replaced_BT = (jax.random.uniform(choice_key, tokens_BT.shape) < share_BT) & (tokens_BT >= NUM_SPECIAL)
+    genes_BT = jax.random.randint(gene_key, tokens_BT.shape, NUM_SPECIAL, vocabulary_size)
+    return jnp.where(replaced_BT, genes_BT, tokens_BT), replaced_BT
 
 
 LOSSES = {"remaining-set": remaining_set_loss, "next-gene": next_gene_loss}

@@ -14,7 +14,7 @@ from tcc_jax.config import Config
 from tcc_jax.model.attention import segment_offsets
 from tcc_jax.model.decoder import Execution, Params, merge, padded_vocabulary_size
 from tcc_jax.model.kernels import choose_backend, make_attend
-from tcc_jax.model.objective import LOSSES, cut_positions
+from tcc_jax.model.objective import LOSSES, cut_positions, with_false_genes
 from tcc_jax.training.optimizer import learning_rate, make_optimizer
 from tcc_jax.training.sharding import over_rows, replicated, spread_heads
 from tcc_jax.training.state import TrainState, abstract_state
@@ -147,18 +147,24 @@ def _make_loss(config: Config, vocabulary_size: int, mesh: Mesh, *, training: bo
 
     def loss_of(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens_BT, segments_BT = batch["tokens"], batch["segments"]
-        dropout_key, cut_key = jax.random.split(key)
+        dropout_key, cut_key, false_key = jax.random.split(key, 3)
         # Whole in width before the lookup and the logits: XLA would rather copy the activations to all devices.
         table = NamedSharding(mesh, PartitionSpec("tensor"))
         params = params | {"embedding": jax.lax.with_sharding_constraint(params["embedding"], table)}
         decoder = merge(config.model, vocabulary_size, row_length, params)
-        h_BTD = decoder(tokens_BT, segments_BT, dropout_key if training else None, execution)
+        shown_BT, replaced_BT = tokens_BT, None
+        if training and objective.false_genes:
+            shown_BT, replaced_BT = with_false_genes(
+                false_key, tokens_BT, segments_BT, objective.false_genes, vocabulary_size
+            )
+        h_BTD = decoder(shown_BT, segments_BT, dropout_key if training else None, execution)
         positions_BC = weights_BC = None
         if objective.cut_points:
             cuts = (objective.cut_points, objective.cut_low, objective.cut_high)
             drawn = cut_positions(cut_key, tokens_BT, batch["starts"], batch["gene_counts"], *cuts)
             positions_BC, weights_BC = (array_BMK.reshape(len(tokens_BT), -1) for array_BMK in drawn)
-        return LOSSES[objective.kind](decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, tile)
+        loss = LOSSES[objective.kind]
+        return loss(decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, replaced_BT, tile)
 
     return loss_of
 

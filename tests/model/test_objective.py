@@ -9,7 +9,7 @@ from tcc_jax.config import ModelConfig
 from tcc_jax.corpus import vocabulary
 from tcc_jax.model import decoder as decoder_module
 from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids
-from tcc_jax.model.objective import LOSSES, cut_positions
+from tcc_jax.model.objective import LOSSES, cut_positions, with_false_genes
 from tests.model.rows import pack, random_rows
 
 SIZE, LENGTH, WIDTH, SLOTS = 50, 23, 16, 6
@@ -75,7 +75,7 @@ def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, tile
 
     def loss(params, h_BTD):
         decoder = merge(MODEL, SIZE, LENGTH, params)
-        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"], *(scored or (None, None)), tile)
+        return LOSSES[kind](decoder, h_BTD, batch["tokens"], batch["segments"], *(scored or (None, None)), tile=tile)
 
     value_and_gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (total, count), (by_params, by_h) = value_and_gradient(params, h_BTD)
@@ -93,6 +93,38 @@ def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, tile
     gradients = (by_params["embedding"], by_params["output_bias"], by_h)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=2e-5)
+
+
+def test_replaced_genes_are_shown_as_others_and_stay_to_be_found(case):
+    _, _, batch = case
+    tokens, segments = batch["tokens"], batch["segments"]
+    shown, replaced = map(np.asarray, with_false_genes(jax.random.key(0), tokens, segments, 0.8, SIZE))
+    assert 0.1 < replaced[tokens >= NUM_SPECIAL].mean() < 0.7
+    assert not replaced[tokens < NUM_SPECIAL].any()
+    np.testing.assert_array_equal(shown[~replaced], tokens[~replaced])
+    assert ((shown >= NUM_SPECIAL) & (shown < SIZE))[replaced].all()
+    # Every segment draws a share of its own.
+    many = np.tile(np.arange(1, 5), (1000, 50))[:, np.argsort(np.tile(np.arange(4), 50), kind="stable")]
+    _, replaced = with_false_genes(jax.random.key(1), np.full(many.shape, 20), many, 0.8, SIZE)
+    shares = np.asarray(replaced).reshape(1000, 4, 50).mean(-1)
+    # Uniform between 0 and 0.8, whose standard deviation is 0.8 / sqrt(12); and independent in a row.
+    assert shares.mean() == pytest.approx(0.4, abs=0.02)
+    assert shares.std() == pytest.approx(np.sqrt(0.8**2 / 12 + (0.4 - 0.8**2 / 3) / 50), abs=0.01)
+    assert np.abs(np.corrcoef(shares.T) - np.eye(4)).max() < 0.12
+
+
+def test_the_target_of_a_prefix_with_replaced_genes_holds_them(case):
+    params, h_BTD, _ = case
+    decoder = merge(MODEL, SIZE, LENGTH, params)
+    batch = pack([[[20, 30, 40, 45]]], LENGTH, 1)
+    replaced = np.zeros((1, LENGTH), bool)
+    replaced[0, 1] = True
+    position = np.array([[2]], np.int32), np.ones((1, 1), np.float32)
+    rows = (h_BTD[:1], batch["tokens"], batch["segments"], *position)
+    total, _ = LOSSES["remaining-set"](decoder, *rows, replaced)
+    # Shown after <start>: a false gene in the place of 20, and 30. To come: 20, 40 and 45.
+    log_softmax = jax.nn.log_softmax(decoder.logits(h_BTD[0, 2]))
+    assert float(total) == pytest.approx(-float(log_softmax[np.array([20, 40, 45])].mean()), rel=1e-5)
 
 
 def dense_loss(embedding_VD, bias_V, h_BTD, targets_BTV):
