@@ -96,7 +96,7 @@ def write_corpus(folder: Path, corpus: Corpus) -> None:
     meta["format_version"] = FORMAT_VERSION
     meta["vocabulary_hash"] = corpus.vocabulary.hash
     meta["files"] = {name: sha256(folder / name) for name in _FILES}
-    meta["corpus_hash"] = _hash_of(meta)
+    meta["corpus_hash"] = description_hash(meta)
     with open(folder / "corpus.json", "w", encoding="utf-8", newline="\n") as file:
         json.dump(meta, file, indent=2, ensure_ascii=False, sort_keys=True)
         file.write("\n")
@@ -151,11 +151,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a corpus description; prepare the corpus again") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format version {version}, this tcc_jax reads {FORMAT_VERSION}; prepare it again")
-    if meta.get("corpus_hash") != _hash_of(meta):
+    if meta.get("corpus_hash") != description_hash(meta):
         raise UserError(f"{file}: damaged or edited since it was prepared; prepare the corpus again")
     return meta
 
 
-def _hash_of(meta: dict[str, Any]) -> str:
+def description_hash(meta: dict[str, Any]) -> str:
+    """Return the hash of a corpus, SHA-256 over its description, which holds those of its files."""
     body = {key: value for key, value in meta.items() if key != "corpus_hash"}
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
