@@ -1,18 +1,20 @@
 """`python -m tcc_jax.train CONFIG.toml [--section.field value]`: train a model, or go on with a run that stopped.
 
 SIGTERM, SIGINT and a maintenance notice finish the step, save and exit with 0; a second signal ends at once.
-Several hosts find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+Several hosts find each other under Slurm, Open MPI and on TPU slices; elsewhere by the [hosts] section of the
+configuration or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tcc_jax.config import parse_command_line
-from tcc_jax.terminal import UserError, run_command
+from tcc_jax.terminal import run_command
 from tcc_jax.training.preemption import Stop
 
 if TYPE_CHECKING:
@@ -34,34 +36,20 @@ def _train() -> None:
     stop.hear_signals()
     import jax
 
-    _join_hosts()
-    if jax.default_backend() == "tpu":
-        stop.watch_metadata()
-    from tcc_jax.training.loop import train
+    from tcc_jax.training.hosts import join_hosts
 
-    train(config, stop, _make_recall)
+    peers = join_hosts(config.hosts)
+    with peers or contextlib.nullcontext():
+        if jax.default_backend() == "tpu":
+            stop.watch_metadata()
+        from tcc_jax.training.loop import train
+
+        train(config, stop, _make_recall, peers)
 
 
 def _keep_compilations() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "tcc_jax" / "compilations"))
-
-
-def _join_hosts() -> None:
-    import jax
-
-    if "JAX_NUM_PROCESSES" not in os.environ:
-        return
-    try:
-        address = os.environ["JAX_COORDINATOR_ADDRESS"]
-        count, index = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID must all be set: {error}"
-        ) from None
-    # JAX's own service would take SIGTERM away from us.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(address, count, index)
 
 
 def _make_recall(config: Config, corpus: Corpus) -> Recall:

@@ -1,4 +1,4 @@
-"""The training loop: dispatch step n, read the metrics of step n - 1, so that the device never waits for the host.
+"""The training loop: dispatch a step, send the next batch, read older metrics, so that the device never waits.
 
 A run lives in one directory (`tcc_jax.training.run_directory`); an existing one resumes. A run killed at any moment and
 started again ends with the same bits as one that was never stopped: the batch is a function of the step, randomness of
@@ -7,6 +7,7 @@ the seed and the step, and a checkpoint holds the state and the sums of the metr
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import time
@@ -20,8 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tcc_jax.config import Config
-from tcc_jax.corpus.loader import Loader, make_loader
+from tcc_jax.config import Config, profile_window
+from tcc_jax.corpus.loader import Batch, Loader, make_loader
 from tcc_jax.corpus.store import Corpus, Split, open_corpus
 from tcc_jax.model.decoder import count_parameters
 from tcc_jax.terminal import UserError, progress
@@ -30,29 +31,44 @@ from tcc_jax.training.checkpoint import (
     check_same_run,
     describe,
     find_checkpoint,
+    latest_step,
     read_checkpoint,
     restore_state,
 )
+from tcc_jax.training.hosts import Peers
+from tcc_jax.training.metrics import model_flops_utilization
 from tcc_jax.training.metrics_file import MetricsFile
 from tcc_jax.training.preemption import Stop
+from tcc_jax.training.profiling import Profile
 from tcc_jax.training.records import read_record, step_folder
 from tcc_jax.training.report import Report
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
 from tcc_jax.training.sharding import make_mesh, replicated, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import make_eval_step, make_train_step
+from tcc_jax.training.tensorboard import Board, require_tensorboard
 from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
 SKIPPED_FOLDER = "skipped"
+PROFILE_FOLDER = "profile"
+TENSORBOARD_FOLDER = "tensorboard"
+_NOTHING = contextlib.nullcontext()
+
+InFlight = collections.deque[tuple[int, dict[str, jax.Array], Any]]
+"""(step, its metrics, this host's rows of its batch) of the steps that the devices may still be at work on."""
 
 
-def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | None = None) -> None:
+def train(
+    config: Config, stop: Stop | None = None, make_recall: MakeRecall | None = None, peers: Peers | None = None
+) -> None:
     """Train a model to `training.steps`, from the start or from a checkpoint of `run.directory`.
 
     Each line of metrics.jsonl has `step` (steps taken), `loss` (nats per scored position, the mean over the steps since
     the last line; null if all were skipped), `skipped_steps` (among them), `learning_rate` and `gradient_norm` (of that
-    step; null if it is not finite), `tokens_per_second` (useful tokens), `sets_per_second`, `seconds` (spent in this
-    run, resumes included) and `epoch`; or `step`, `validation_loss` and, where measured, `validation_recall`.
+    step; null if it is not finite), `tokens_per_second` (useful tokens), `sets_per_second`, `mfu` and `mfu_segments`
+    (`tcc_jax.training.metrics.model_flops_utilization`), `data_wait` (share of the time in which the loop waited for
+    the loader), `memory_bytes` (`tcc_jax.training.metrics.memory_bytes`), `seconds` (spent in this run, resumes
+    included) and `epoch`; or `step`, `validation_loss` and, where measured, `validation_recall`.
 
     Args:
         config: the run.
@@ -60,11 +76,14 @@ def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | No
             The step in flight is finished and saved, and the function returns.
         make_recall: called with the configuration and the corpus, gives the function that measures the recall on
             validation sets, which decides what the best checkpoint is.
+        peers: the watch over the other processes of the run, told here what to say when one is gone.
 
     Raises:
         UserError: a corpus, mesh or run directory that cannot be used, a damaged checkpoint, updates skipped too often
             in a row, or a last checkpoint that could not be saved.
     """
+    if config.training.tensorboard:
+        require_tensorboard()
     corpus = open_corpus(config.data.corpus)
     if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
@@ -76,6 +95,8 @@ def train(config: Config, stop: Stop | None = None, make_recall: MakeRecall | No
         )
     with _heard(stop) as stop, open_run_directory(Path(config.run.directory), config.training.steps) as directory:
         stop.on_leave = lambda message: directory.status("stopped", message=message)
+        if peers:
+            peers.on_loss = functools.partial(_lost, directory)
         if jax.process_count() > 1:
             # A host that left alone would leave the others waiting: all stop together, after the first step.
             stop.must_save()
@@ -116,6 +137,7 @@ class Run:
         num_sets = len(self.corpus.indices("train"))
         directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
+        has_board = config.training.tensorboard and jax.process_index() == 0
         metrics_file = MetricsFile(path / METRICS_FILE, self.first, directory.log, writes=jax.process_index() == 0)
         with (
             contextlib.closing(metrics_file),
@@ -129,8 +151,17 @@ class Run:
                 warn=directory.log,
             ) as self.checkpoints,
             progress("training", config.training.steps, done=self.first) as advance,
+            Board(path / TENSORBOARD_FOLDER, self.first, directory.log) if has_board else _NOTHING as board,
+            Profile(
+                profile_window(config.training.profile_steps), path / PROFILE_FOLDER, directory.log
+            ) as self.profile,
+            # What moves between host and devices is said in so many words: anything else would make one wait.
+            jax.transfer_guard("disallow"),
         ):
-            self.report = Report(config, metrics_file, directory, advance, self.meta)
+            utilization = functools.partial(
+                model_flops_utilization, config, self.corpus.vocabulary.size, self.mesh.devices.flatten().tolist()
+            )
+            self.report = Report(config, metrics_file, board, directory, advance, utilization, self.meta)
             self._run_steps(state)
 
     def _find_start(self) -> tuple[int, dict[str, Any]]:
@@ -167,28 +198,37 @@ class Run:
             self.mesh,
             self.make_recall,
         )
-        agreed = Agreement(self.mesh)
         due = self.meta.get("evaluation_due") and self.first not in report.evaluated
         if due and not self._evaluate(self.first, state):
             return self._stopped(self.first)
-        previous: tuple[int, Any, Any] | None = None
+        late = config.compute.steps_in_flight - 1
+        agreed, in_flight = Agreement(self.mesh, late), InFlight()
         every_seconds, last_save = 60 * config.checkpoint.every_minutes, time.monotonic()
-        for step, batch in zip(range(self.first + 1, config.training.steps + 1), loader, strict=False):
-            state, metrics = train_step(state, shard_batch(batch, self.mesh))
+        batches = iter(loader)
+        batch, arrays = self._fetch(batches)
+        for step in range(self.first + 1, config.training.steps + 1):
+            self.profile.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, arrays)
+            self.profile.after(step, state)
+            in_flight.append((step, metrics, batch))
             stop.must_save()
+            is_last = step == config.training.steps
+            if not is_last:
+                # On its way to the devices while they are at work on this step.
+                batch, arrays = self._fetch(batches)
             due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
             stopping, save_by_time = agreed.exchange(bool(stop), due)
-            if previous:
-                self._read(*previous)
-            previous = (step, metrics, batch)
-            is_last = step == config.training.steps
+            if jax.process_count() > 1:
+                # The others wait in this save for the host where it failed: better an end than a wait of many minutes.
+                self._insist_on_saves()
+            self._read(in_flight, late, state)
             evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)
             saves = is_last or stopping or save_by_time or step % config.checkpoint.every_steps == 0
             if saves or evaluates or report.skipping:
                 # Wait for this very step: what is saved has its numbers written down, and a run that skips updates
                 # stops at the step that was one too many.
-                self._read(*previous, state=state)
-                previous = None
+                self._read(in_flight, 0, state)
             evaluation_due = evaluates and (stopping or not self._evaluate(step, state))
             if saves or evaluation_due or (evaluates and report.is_best(step)):
                 self._save(step, state, evaluation_due)
@@ -200,13 +240,24 @@ class Run:
         self.directory.status("finished", step=config.training.steps)
         return None
 
-    def _read(self, step: int, metrics: dict[str, jax.Array], batch: Any, state: TrainState | None = None) -> None:
-        skips = self.report.step(step, jax.device_get(metrics))
-        if skips < self.config.training.skips_before_stop:
-            return
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, dict[str, jax.Array]]:
+        began = time.monotonic()
+        batch = next(batches)
+        self.report.waited(time.monotonic() - began)
+        return batch, _put(batch, self.mesh)
+
+    def _read(self, in_flight: InFlight, most: int, state: TrainState) -> None:
+        """Report steps, oldest first, until at most `most` are left in flight; `state` is that after the newest."""
+        while len(in_flight) > most:
+            step, metrics, batch = in_flight.popleft()
+            skips = self.report.step(step, jax.device_get(metrics))
+            if skips >= self.config.training.skips_before_stop:
+                self._give_up(step, skips, batch, None if in_flight else state)
+
+    def _give_up(self, step: int, skips: int, batch: Batch, state: TrainState | None) -> None:
         file = self.directory.path / SKIPPED_FOLDER / f"step-{step}-host-{jax.process_index()}.npz"
         file.parent.mkdir(exist_ok=True)
-        np.savez(file, **batch)
+        np.savez(file, **batch)  # type: ignore[arg-type]
         if state is not None:
             # Its parameters are those of the last good update.
             self._save(step, state, evaluation_due=False)
@@ -245,6 +296,9 @@ class Run:
 
     def _await_last_save(self) -> None:
         self.checkpoints.wait()
+        self._insist_on_saves()
+
+    def _insist_on_saves(self) -> None:
         if self.checkpoints.failure:
             raise UserError(
                 f"{self.directory.path}: {self.checkpoints.failure}; mend it, then the same command goes on from the "
@@ -253,19 +307,27 @@ class Run:
 
 
 class Agreement:
-    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read one late."""
+    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read as late.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh, self._pending = mesh, None
+    Args:
+        mesh: the devices.
+        late: how many calls later the flags of several hosts are read.
+    """
+
+    def __init__(self, mesh: Mesh, late: int) -> None:
+        self._mesh, self._late = mesh, late
+        self._pending: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(lambda flags_NK: jnp.max(flags_NK, axis=0), out_shardings=replicated(mesh))
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Return, for each flag, whether any host raised it: in this call on a single host, else in the one before."""
+        """Return, for each flag, whether any host raised it: in this call on a single host, else `late` calls ago."""
         if jax.process_count() == 1:
             return flags
         local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
-        before, self._pending = self._pending, self._any(shard_batch({"flags": local_NK}, self._mesh)["flags"])
-        return tuple(bool(flag) for flag in jax.device_get(before)) if before is not None else (False,) * len(flags)
+        self._pending.append(self._any(_put({"flags": local_NK}, self._mesh)["flags"]))
+        if len(self._pending) <= self._late:
+            return (False,) * len(flags)
+        return tuple(bool(flag) for flag in jax.device_get(self._pending.popleft()))
 
 
 def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> TrainState:
@@ -292,6 +354,19 @@ def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> Train
         state.params,
     )
     return state._replace(params=params)
+
+
+def _put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    # On several hosts JAX takes this for a transfer that nobody asked for.
+    with jax.transfer_guard_host_to_device("allow"):
+        return shard_batch(batch, mesh)
+
+
+def _lost(directory: RunDirectory, what: str) -> None:
+    step = latest_step(directory.path) or 0
+    message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
+    directory.log(f"error: {message}")
+    directory.status("failed", message=message)
 
 
 @contextlib.contextmanager

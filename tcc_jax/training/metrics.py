@@ -1,10 +1,18 @@
-"""What is measured while training: sums over the steps of a line, and losses that leap."""
+"""What is measured while training: sums over the steps of a line, what the devices do, and losses that leap."""
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import jax
+
+from tcc_jax.config import Config
+from tcc_jax.training.flops import flops_per_token, peak_flops
 
 
 class Window:
@@ -34,6 +42,12 @@ class Window:
             return
         self.tokens += int(metrics["tokens"])
         self.sets += int(metrics["sets"])
+        self.keys += float(metrics.get("keys", math.nan))
+
+    def waited(self, seconds: float) -> None:
+        """Count time the loop has just spent waiting for the loader."""
+        if self._began is not None:
+            self.wait_seconds += seconds
 
     def sums(self) -> dict[str, float]:
         """Return what a checkpoint must hold of a line that is not full yet; floats survive JSON to the bit."""
@@ -49,7 +63,8 @@ class Window:
 
         Returns:
             `loss` (nats per scored position; None if every update was skipped), `skipped_steps`, `tokens_per_second`
-            (useful), `sets_per_second`.
+            (useful), `sets_per_second`, `keys_per_token` (that a useful token attends to; None if not measured) and
+            `data_wait` (share of the time).
         """
         now = time.monotonic()
         seconds = now - (self._began or now)
@@ -59,6 +74,8 @@ class Window:
             "skipped_steps": self.skipped,
             "tokens_per_second": round(rates[0], 1),
             "sets_per_second": round(rates[1], 2),
+            "keys_per_token": self.keys / self.tokens if self.tokens and math.isfinite(self.keys) else None,
+            "data_wait": round(self.wait_seconds / seconds, 4) if seconds > 0 else 0.0,
         }
         self._began = now
         self._reset()
@@ -66,6 +83,44 @@ class Window:
 
     def _reset(self) -> None:
         self.loss_sum, self.scored, self.skipped, self.tokens, self.sets = 0.0, 0.0, 0, 0, 0
+        self.keys, self.wait_seconds = 0.0, 0.0
+
+
+def model_flops_utilization(
+    config: Config,
+    vocabulary_size: int,
+    devices: Sequence[jax.Device],
+    tokens_per_second: float,
+    keys_per_token: float | None = None,
+) -> float | None:
+    """Return the share of the devices' peak that useful arithmetic takes (MFU), or None without a recorded peak.
+
+    Useful tokens per second x FLOPs per token / (devices x peak in bfloat16); the FLOPs of a token, with their formula,
+    are those of `tcc_jax.training.flops.flops_per_token`, the peaks are in its table `PEAK_FLOPS`. A line of metrics
+    has it twice: `mfu` counts T / 2 keys for a token, as is the custom for text; `mfu_segments` counts the keys that a
+    token has in its own segment, which is what was asked for.
+
+    Args:
+        config: the run.
+        vocabulary_size: V, before padding.
+        devices: those of the mesh, all of one kind.
+        tokens_per_second: useful ones, over all devices.
+        keys_per_token: None for T / 2.
+    """
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None:
+        return None
+    flops = tokens_per_second * flops_per_token(config, vocabulary_size, keys_per_token)
+    return round(flops / (peak * len(devices)), 5)
+
+
+def memory_bytes() -> int:
+    """Return the most memory a device of this host has held so far; on a CPU, the most this process has."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if not all(stats):
+        # Linux counts in units of 1,024 bytes, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(entry["peak_bytes_in_use"] for entry in stats)
 
 
 class SpikeDetector:

@@ -9,9 +9,10 @@ from typing import Any
 
 from tcc_jax.config import Config
 from tcc_jax.terminal import Advance
-from tcc_jax.training.metrics import SpikeDetector, Window
+from tcc_jax.training.metrics import SpikeDetector, Window, memory_bytes
 from tcc_jax.training.metrics_file import MetricsFile
 from tcc_jax.training.run_directory import RunDirectory
+from tcc_jax.training.tensorboard import Board
 
 
 class Report:
@@ -20,8 +21,10 @@ class Report:
     Args:
         config: the run.
         file: where lines of metrics go.
+        board: where they also go, or None.
         directory: where the status and what is said go.
         advance: moves the progress on.
+        utilization: (useful tokens per second, keys per token) -> MFU.
         meta: the description of the checkpoint the run goes on from; empty at its start.
 
     Attributes:
@@ -31,12 +34,20 @@ class Report:
     """
 
     def __init__(
-        self, config: Config, file: MetricsFile, directory: RunDirectory, advance: Advance, meta: dict[str, Any]
+        self,
+        config: Config,
+        file: MetricsFile,
+        board: Board | None,
+        directory: RunDirectory,
+        advance: Advance,
+        utilization: Callable[[float, float | None], float | None],
+        meta: dict[str, Any],
     ) -> None:
         self.steps_per_epoch = 1.0
         self.skipping = False
         self.evaluated = file.evaluated
-        self._config, self._file, self._directory, self._advance = config, file, directory, advance
+        self._config, self._file, self._board, self._directory = config, file, board, directory
+        self._advance, self._utilization = advance, utilization
         self._window, self._spikes = Window(meta.get("window")), SpikeDetector()
         self._began = time.monotonic() - meta.get("elapsed_seconds", 0.0)
         self._words = ""
@@ -48,6 +59,10 @@ class Report:
     def window_sums(self) -> dict[str, float]:
         """Return the sums of the line that is not full yet."""
         return self._window.sums()
+
+    def waited(self, seconds: float) -> None:
+        """Count time the loop has just spent waiting for the loader."""
+        self._window.waited(seconds)
 
     def step(self, step: int, values: dict[str, Any]) -> int:
         """Report a step, in order; return how many updates in a row, this one included, were skipped.
@@ -72,15 +87,20 @@ class Report:
             line = self._window.take()
             self._words = f"loss {line['loss'] or math.nan:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
             norm = float(values["gradient_norm"])
-            self._file.write(
+            rate, keys = line["tokens_per_second"], line["keys_per_token"]
+            self._write(
                 step=step,
                 loss=line["loss"],
                 skipped_steps=line["skipped_steps"],
                 learning_rate=float(values["learning_rate"]),
                 # JSON has no word for it.
                 gradient_norm=norm if math.isfinite(norm) else None,
-                tokens_per_second=line["tokens_per_second"],
+                tokens_per_second=rate,
                 sets_per_second=line["sets_per_second"],
+                mfu=self._utilization(rate, None),
+                mfu_segments=None if keys is None else self._utilization(rate, keys),
+                data_wait=line["data_wait"],
+                memory_bytes=memory_bytes(),
                 seconds=round(self.seconds(), 3),
                 epoch=round(step / self.steps_per_epoch, 4),
             )
@@ -95,7 +115,7 @@ class Report:
         values = validate()
         self._window.leave_out(time.monotonic() - began)
         if values:
-            self._file.write(step=step, **values)
+            self._write(step=step, **values)
             words = {"validation_loss": "validation loss {:.4f} nats per scored position"}
             words["validation_recall"] = "validation recall {:.4f}"
             said = ", ".join(words[name].format(value) for name, value in values.items())
@@ -106,3 +126,8 @@ class Report:
         recalls = self._file.recalls
         before = [recall for other, recall in recalls.items() if other < step]
         return self._config.checkpoint.keep_best and step in recalls and recalls[step] > max(before, default=-1.0)
+
+    def _write(self, **values: Any) -> None:
+        self._file.write(**values)
+        if self._board:
+            self._board.write(**values)

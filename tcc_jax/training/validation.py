@@ -50,6 +50,8 @@ def make_validation(
     num_batches = min(config.training.eval_steps, math.ceil(loader.steps_per_epoch))
     recall = make_recall(config, corpus) if make_recall and config.training.recall_sets else None
 
+    # The loop's guard is for steps; between them, what an evaluation moves makes nobody wait.
+    @jax.transfer_guard("allow")
     def validate(state: TrainState, step: int, poll: Poll) -> dict[str, float]:
         sums = []
         # The loader starts at step 0 each time: every evaluation sees the same batches.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.training.corpora import write_small_corpus
 
-CLOCK = ("seconds", "tokens_per_second", "sets_per_second")
+# What a line of metrics has of the clock and the machine.
+CLOCK = ("seconds", "tokens_per_second", "sets_per_second", "mfu", "mfu_segments", "data_wait", "memory_bytes")
 
 
 def write_run(folder: Path, **sections: dict) -> Path:

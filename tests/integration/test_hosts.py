@@ -1,16 +1,20 @@
-"""Two processes on loopback train, stop together when one of them is asked to, and a single one goes on."""
+"""Two processes on loopback: they train and stop together, and one that is gone ends the other with a message."""
 
+import contextlib
 import json
+import resource
 import signal
 import socket
 import time
 
 import numpy as np
+import pytest
 
 from tests.integration.nursery import Nursery
 from tests.integration.runs import numbers, write_run
 
 STEPS = 60
+TIMEOUT = 8
 
 
 def free_port():
@@ -19,40 +23,74 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations"))}
+
+
+@pytest.fixture(scope="module")
+def nursery(cache):
+    with Nursery(**cache) as nursery:
+        yield nursery
+
+
+@contextlib.contextmanager
+def two_processes(folder, nursery, *arguments):
+    """Start a run of two processes, and end what still runs of it."""
+    hosts = ("--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", 2, "--hosts.timeout-seconds", TIMEOUT)
+    children = [
+        nursery.start(*arguments, "--mesh.data", 2, *hosts, "--hosts.index", index, log=folder / f"host{index}.log")
+        for index in range(2)
+    ]
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill(9)
+                child.wait()
+
+
+def wait_until(condition, children, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and all(child.poll() is None for child in children), [
+            child.log.read_text() for child in children
+        ]
+        time.sleep(0.002)
+
+
+def lines_in(run):
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def status_of(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def test_two_processes_stop_together_and_one_goes_on(tmp_path, nursery):
     # Every step writes its line and there are many: the signal falls among them.
     sections = {"steps": STEPS, "log_every": 1, "eval_every": 20}
     toml = write_run(tmp_path, training=sections, checkpoint={"every_steps": 1000, "every_minutes": 0.0})
-    run, cache = tmp_path / "run", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compilations")}
-    hosts = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"} | cache
-    arguments = (toml, "--run.directory", run, "--mesh.data", 2)
-    with Nursery(**hosts, JAX_PROCESS_ID="0") as first, Nursery(**hosts, JAX_PROCESS_ID="1") as second:
-        children = [
-            nursery.start(*arguments, log=tmp_path / f"host{index}.log")
-            for index, nursery in enumerate((first, second))
-        ]
-        end = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
-            assert time.monotonic() < end and all(child.poll() is None for child in children), [
-                child.log.read_text() for child in children
-            ]
-            time.sleep(0.005)
+    run = tmp_path / "run"
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
+        wait_until(lambda: lines_in(run) >= 5, children)
         # Only the second host is asked.
         children[1].kill(signal.SIGTERM)
         for child in children:
             assert child.wait(60) == 0, child.log.read_text()
-    stopped = json.loads((run / "status.json").read_text())
+    stopped = status_of(run)
     assert stopped["state"] == "stopped" and 5 <= stopped["step"] < STEPS
     step = stopped["step"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
     assert all(f"step {step:,} is saved" in child.log.read_text() for child in children)
 
-    with Nursery(**cache) as nursery:
-        child = nursery.start(toml, "--run.directory", run, "--mesh.data", 1, log=tmp_path / "one.log")
-        assert child.wait() == 0, child.log.read_text()
-        assert f"going on from step {step:,}" in child.log.read_text()
-        child = nursery.start(toml, "--run.directory", tmp_path / "straight", log=tmp_path / "straight.log")
-        assert child.wait() == 0, child.log.read_text()
+    child = nursery.start(toml, "--run.directory", run, "--mesh.data", 1, log=tmp_path / "one.log")
+    assert child.wait() == 0, child.log.read_text()
+    assert f"going on from step {step:,}" in child.log.read_text()
+    child = nursery.start(toml, "--run.directory", tmp_path / "straight", log=tmp_path / "straight.log")
+    assert child.wait() == 0, child.log.read_text()
     moved, straight = numbers(run), numbers(tmp_path / "straight")
     assert [line["step"] for line in moved] == [line["step"] for line in straight]
     assert len({(line["step"], "loss" in line) for line in moved}) == len(moved)
@@ -60,3 +98,80 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     for name, tolerance in (("loss", 1e-4), ("learning_rate", 1e-6)):
         pairs = [(a[name], b[name]) for a, b in zip(moved, straight, strict=True) if name in a]
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "words"),
+    [
+        (1, signal.SIGKILL, "process 1 has given no sign for 5 s"),
+        (0, signal.SIGKILL, "process 0 has ended"),
+        pytest.param(1, signal.SIGSTOP, f"process 1 has given no sign for {TIMEOUT} s", marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, f"process 0 has given no sign for {TIMEOUT} s", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("moment", ["step", pytest.param("save", marks=pytest.mark.slow)])
+def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery, victim, number, words, moment):
+    training = {"steps": 100_000, "log_every": 1, "eval_every": 0}
+    toml = write_run(tmp_path, training=training, checkpoint={"every_steps": 50, "every_minutes": 0.0})
+    run = tmp_path / "run"
+
+    def is_saving():
+        return any(not (path / "checkpoint.json").exists() for path in (run / "checkpoints").glob("*"))
+
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
+        wait_until(lambda: (run / "checkpoints" / "50" / "checkpoint.json").exists(), children)
+        if moment == "save":
+            wait_until(is_saving, children)
+        children[victim].kill(number)
+        other = children[1 - victim]
+        # Beyond the set time: a failure in a collective operation is looked into for some seconds before.
+        assert other.wait(TIMEOUT + 20) == 1, other.log.read_text()
+        last = other.log.read_text().splitlines()[-1]
+        saved = max(int(path.parent.name) for path in run.glob("checkpoints/*/checkpoint.json"))
+        assert last == (
+            f"error: {words}; start all processes again with the same command, the run goes on from step {saved:,}"
+        )
+    if victim == 1:
+        assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("failed", last)
+        assert last in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_signal_to_one_host_in_an_evaluation_stops_and_saves_both(tmp_path, nursery, asked):
+    training = {"steps": 100_000, "log_every": 1, "eval_every": 5, "eval_steps": 50}
+    toml = write_run(tmp_path, training=training, checkpoint={"every_steps": 100_000, "every_minutes": 0.0})
+    run = tmp_path / "run"
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
+        wait_until(lambda: lines_in(run) >= 7 and status_of(run)["state"] == "evaluating", children)
+        children[asked].kill(signal.SIGTERM)
+        for child in children:
+            assert child.wait(60) == 0, child.log.read_text()
+    status = status_of(run)
+    assert status["state"] == "stopped"
+    assert (run / "checkpoints" / str(status["step"]) / "checkpoint.json").exists()
+    assert all(f"step {status['step']:,} is saved" in child.log.read_text() for child in children)
+
+
+def test_a_save_that_fails_on_one_host_ends_both_with_its_reason(tmp_path, nursery):
+    training = {"steps": 100_000, "log_every": 1, "eval_every": 0}
+    toml = write_run(
+        tmp_path, training=training, model={"width": 64}, checkpoint={"every_steps": 20, "every_minutes": 0.0}
+    )
+    run = tmp_path / "run"
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
+        wait_until(lambda: (run / "checkpoints" / "20" / "checkpoint.json").exists(), children)
+        # As on a full disk, and for this host alone: from now on no file of it may grow past 128 KB.
+        resource.prlimit(children[1].pid, resource.RLIMIT_FSIZE, (2**17, 2**17))
+        codes = [child.wait(60) for child in reversed(children)]
+    logs = [child.log.read_text() for child in children]
+    assert codes == [2, 1], logs
+    assert "step 40 could not be saved" in logs[1].splitlines()[-1] and "File too large" in logs[1]
+    last = logs[0].splitlines()[-1]
+    assert last.startswith("error: process 1 has failed") and last.endswith("the run goes on from step 20")
+    assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("failed", last)
+    # What is there is whole, and a single process goes on from it.
+    child = nursery.start(toml, "--run.directory", run, "--training.steps", 100_000, log=tmp_path / "one.log")
+    wait_until(lambda: status_of(run)["state"] == "training" and status_of(run)["step"] > 20, [child])
+    assert "going on from step 20" in child.log.read_text()
+    child.kill(9)
+    child.wait()

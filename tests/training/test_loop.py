@@ -26,6 +26,7 @@ from tcc_jax.training.preemption import Stop
 from tcc_jax.training.records import whole_steps
 from tcc_jax.training.sharding import shard_batch
 from tcc_jax.training.state import abstract_state
+from tests.integration.runs import CLOCK
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config, small_mesh
 
@@ -63,12 +64,11 @@ def recall_of(values):
 
 
 def same_numbers(lines):
-    clock = ("seconds", "tokens_per_second", "sets_per_second")
-    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
 def disturb(patch, step, action):
-    """Do something while the training batch of `step` (from 1) is fetched."""
+    """Do something while `step` (from 1) is under way, as the training batch after it is fetched."""
 
     def disturbed_loader(corpus, split, *, start_step, **settings):
         loader = make_loader(corpus, split, start_step=start_step, **settings)
@@ -80,7 +80,7 @@ def disturb(patch, step, action):
 
         def __iter__(self):
             for number, batch in enumerate(self.loader, self.start_step + 1):
-                if number == step:
+                if number == step + 1:
                     action()
                 yield batch
 
@@ -102,6 +102,123 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(corpus, finished, tmp_p
     train(config)
     jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
     assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 4, 64])
+def test_steps_in_flight_change_no_number(corpus, finished, tmp_path, monkeypatch, steps_in_flight):
+    config = config_of(corpus, tmp_path / "run", compute={"steps_in_flight": steps_in_flight})
+    with monkeypatch.context() as patch:
+        disturb(patch, 8, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    train(config)
+    assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+    jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
+
+
+@pytest.mark.parametrize(("steps_in_flight", "unread"), [(1, 1), (2, 2), (4, 4), (64, 9)])
+def test_no_more_steps_are_in_flight_than_asked_for(corpus, tmp_path, monkeypatch, steps_in_flight, unread):
+    sections = {"training": {"eval_every": 0, "steps": 9}, "checkpoint": {"every_steps": 99}}
+    config = config_of(corpus, tmp_path / "run", compute={"steps_in_flight": steps_in_flight}, **sections)
+    flying, most = 0, 0
+    make, report_step = loop.make_train_step, loop.Report.step
+
+    def counted_make(*arguments):
+        train_step = make(*arguments)
+
+        def step(state, batch):
+            nonlocal flying, most
+            flying += 1
+            most = max(most, flying)
+            return train_step(state, batch)
+
+        return step
+
+    def counted_report(report, step, values):
+        nonlocal flying
+        flying -= 1
+        return report_step(report, step, values)
+
+    monkeypatch.setattr(loop, "make_train_step", counted_make)
+    monkeypatch.setattr(loop.Report, "step", counted_report)
+    train(config)
+    assert (most, flying) == (unread, 0)
+
+
+def test_the_next_batch_is_on_its_way_before_the_loop_waits_for_a_step(corpus, tmp_path, monkeypatch):
+    order, put, report_step = [], loop.shard_batch, loop.Report.step
+    monkeypatch.setattr(loop, "shard_batch", lambda *arguments: (order.append("put"), put(*arguments))[1])
+    monkeypatch.setattr(loop.Report, "step", lambda *arguments: (order.append("read"), report_step(*arguments))[1])
+    train(config_of(corpus, tmp_path / "run", compute={"steps_in_flight": 1}, training={"steps": 3, "eval_every": 0}))
+    assert order == ["put", "put", "read", "put", "read", "read"]
+
+
+def test_skips_are_handled_alike_with_more_steps_in_flight(corpus, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 4, 8})
+    runs = [
+        config_of(corpus, tmp_path / str(number), compute={"steps_in_flight": number}, training={"log_every": 2})
+        for number in (1, 2, 4)
+    ]
+    for config in runs:
+        train(config)
+    one, two, four = (same_numbers(lines_of(config)) for config in runs)
+    assert one == two == four
+    assert sum(line.get("skipped_steps", 0) for line in four) == 3
+
+
+def test_a_transfer_that_nobody_asked_for_ends_the_run(corpus, tmp_path, monkeypatch):
+    make = loop.make_train_step
+
+    def careless_make(*arguments):
+        train_step = make(*arguments)
+        # Adding a number of the host to an array makes JAX send it to the device behind our back.
+        return lambda state, batch: train_step(state, batch | {"tokens": batch["tokens"] + np.ones(32, np.int32)})
+
+    monkeypatch.setattr(loop, "make_train_step", careless_make)
+    with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+        train(config_of(corpus, tmp_path / "run"))
+
+
+def test_each_step_function_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch):
+    made = []
+
+    def remember(make):
+        return lambda *arguments: made.append(make(*arguments)) or made[-1]
+
+    monkeypatch.setattr(loop, "make_train_step", remember(loop.make_train_step))
+    monkeypatch.setattr(loop, "make_eval_step", remember(loop.make_eval_step))
+    # Evaluations, saves, a stop and a resume, on a mesh of eight.
+    config = config_of(corpus, tmp_path / "run", mesh={"data": 8}, training={"eval_every": 3, "eval_steps": 2})
+    with monkeypatch.context() as patch:
+        disturb(patch, 6, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    train(config)
+    assert [function._cache_size() for function in made] == [1, 1, 1, 1]
+
+
+def test_a_window_of_steps_is_profiled(corpus, tmp_path, monkeypatch, capsys):
+    spans, start, stop = [], jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *arguments: (spans.append("start"), start(*arguments)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (spans.append("stop"), stop()))
+    config = config_of(corpus, tmp_path / "run", training={"profile_steps": "3:4", "steps": 6})
+    train(config)
+    [profile] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    steps = {
+        event.name: dict(event.stats).get("step_num")
+        for plane in jax.profiler.ProfileData.from_file(str(profile)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name.startswith("train")
+    }
+    assert set(steps) and all(number in (3, 4) for number in steps.values() if number is not None)
+    assert "profile of steps 3 to 4 in" in capsys.readouterr().err
+    # Behind the window nothing is recorded; a run that ends inside it still writes what it has.
+    train(config_of(corpus, tmp_path / "run", training={"profile_steps": "3:4", "steps": 6}))
+    assert spans == ["start", "stop"]
+    train(config_of(corpus, tmp_path / "short", training={"profile_steps": "2:99", "steps": 3}))
+    assert "profile of steps 2 to 3 in" in capsys.readouterr().err
+    assert list((tmp_path / "short" / "profile").rglob("*.xplane.pb"))
 
 
 def test_what_a_run_leaves_behind(finished, capsys):
@@ -136,6 +253,10 @@ def test_what_a_run_leaves_behind(finished, capsys):
         "gradient_norm",
         "tokens_per_second",
         "sets_per_second",
+        "mfu",
+        "mfu_segments",
+        "data_wait",
+        "memory_bytes",
         "seconds",
         "epoch",
     ]

@@ -3,12 +3,25 @@
 import errno
 import json
 import random
+from dataclasses import dataclass
 
 import pytest
 
 from tcc_jax.training import metrics, metrics_file
-from tcc_jax.training.metrics import SpikeDetector, Window
+from tcc_jax.training.metrics import SpikeDetector, Window, memory_bytes, model_flops_utilization
 from tcc_jax.training.metrics_file import MetricsFile
+from tests.training.runs import small_config
+
+
+@dataclass
+class Device:
+    """What the numbers of a line need of a device."""
+
+    device_kind: str
+    stats: dict | None = None
+
+    def memory_stats(self):
+        return self.stats
 
 
 def test_opening_drops_the_lines_of_steps_that_come_again(tmp_path):
@@ -34,23 +47,27 @@ def test_a_window_weighs_positions_alike_and_leaves_out_compilation_and_validati
     now = 100.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     window = Window()
-    window.add({"loss_sum": 6.0, "scored": 2.0, "tokens": 10, "sets": 1, "skipped": 0})
+    window.waited(1.0)
+    window.add({"loss_sum": 6.0, "scored": 2.0, "tokens": 10, "sets": 1, "skipped": 0, "keys": 70})
     now += 2
-    window.add({"loss_sum": 2.0, "scored": 6.0, "tokens": 30, "sets": 5, "skipped": 0})
+    window.waited(0.5)
+    window.add({"loss_sum": 2.0, "scored": 6.0, "tokens": 30, "sets": 5, "skipped": 0, "keys": 240})
     now += 5
     window.leave_out(5)
-    assert window.take() == {"loss": 1.0, "skipped_steps": 0, "tokens_per_second": 15.0, "sets_per_second": 2.5}
+    rates = {"tokens_per_second": 15.0, "sets_per_second": 2.5, "keys_per_token": 8.0, "data_wait": 0.25}
+    assert window.take() == {"loss": 1.0, "skipped_steps": 0} | rates
     now += 4
     window.add({"loss_sum": 3.0, "scored": 1.0, "tokens": 8, "sets": 4, "skipped": 0})
-    assert window.take() == {"loss": 3.0, "skipped_steps": 0, "tokens_per_second": 2.0, "sets_per_second": 1.0}
+    rates = {"tokens_per_second": 2.0, "sets_per_second": 1.0, "keys_per_token": None, "data_wait": 0.0}
+    assert window.take() == {"loss": 3.0, "skipped_steps": 0} | rates
 
 
 def test_a_window_of_one_first_step_has_no_rate():
     window = Window()
     window.add({"loss_sum": 6.0, "scored": 2.0, "tokens": 10, "sets": 1, "skipped": 0})
-    assert window.take() == pytest.approx(
-        {"loss": 3.0, "skipped_steps": 0, "tokens_per_second": 0.0, "sets_per_second": 0.0}
-    )
+    rates = {"tokens_per_second": 0.0, "sets_per_second": 0.0, "keys_per_token": None}
+    values = window.take()
+    assert values.items() >= ({"loss": 3.0, "skipped_steps": 0} | rates).items()
 
 
 def test_a_window_cut_in_two_by_a_checkpoint_gives_the_same_loss():
@@ -134,3 +151,31 @@ def test_a_spike_is_a_leap_out_of_the_recent_range():
     assert detector.look(1.0) is None
     assert SpikeDetector().look(100.0) is None
     assert detector.look(9.0) == pytest.approx(3.0, abs=0.1)
+
+
+def test_utilization_is_useful_arithmetic_over_the_peak_of_all_devices():
+    config = small_config(
+        model={"num_layers": 2, "width": 16, "num_heads": 2, "hidden_width": 32},
+        objective={"cut_points": 0},
+        training={"row_length": 32},
+    )
+    devices = [Device("NVIDIA H200")] * 4
+    # By hand: each block 4 x 16 x 16 + 2 x 16 x 32 weights, a head of 128 x 16, and 12 L D = 384 for each key.
+    weights = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 128 * 16
+    rate = 1e9
+    expected = rate * (6 * weights + 384 * 16) / (4 * 989e12)
+    assert model_flops_utilization(config, 100, devices, rate) == pytest.approx(expected, abs=1e-5)
+    expected = rate * (6 * weights + 384 * 3.5) / (4 * 989e12)
+    assert model_flops_utilization(config, 100, devices, rate, 3.5) == pytest.approx(expected, abs=1e-5)
+    assert expected > 0.009
+    assert model_flops_utilization(config, 100, [Device("cpu")], rate) is None
+
+
+def test_memory_is_the_most_of_any_device_or_of_the_process(monkeypatch):
+    devices = [Device("a", {"peak_bytes_in_use": 5, "bytes_in_use": 9}), Device("a", {"peak_bytes_in_use": 7})]
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: devices)
+    assert memory_bytes() == 7
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device("cpu")])
+    held = bytearray(2**28)
+    assert 2**28 < memory_bytes() < 2**40
+    del held

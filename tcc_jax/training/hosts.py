@@ -1,0 +1,234 @@
+"""Several processes as one run: how they find each other, and how they end when one of them is gone.
+
+JAX's own service notices a process that died too, but answers with an abort and a C++ stack; here a thread of each
+process looks after the others and ends its own with one line that names who is missing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from tcc_jax.config import HostsConfig
+from tcc_jax.terminal import UserError, log
+
+# Those of JAX's clusters that need nothing but variables or Google's metadata server.
+_CLUSTERS = ("ompi", "slurm", "gcetpu", "gketpu")
+_BEAT_SECONDS = 1.0
+# How long a process may be silent once a collective operation has failed here: somebody is gone, and it shows soon.
+_SILENCE_AFTER_FAILURE = 5.0
+_ALIVE, _VERDICT, _DONE = "tcc_jax/alive/", "tcc_jax/verdict", "done"
+
+
+def find_hosts(hosts: HostsConfig, environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+    """Return the arguments of `jax.distributed.initialize`, or None for a process that is alone.
+
+    Each of coordinator, count and index is taken from the configuration, else from JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. What is still open is left to JAX where it finds more than one process of a
+    Slurm job, an Open MPI job or a TPU slice (on Compute Engine or on GKE).
+
+    Raises:
+        UserError: some of the three are given, the others not, and no cluster is there to tell; or they do not fit.
+    """
+    given = {
+        "coordinator_address": hosts.coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None,
+        "num_processes": hosts.count or _number(environment, "JAX_NUM_PROCESSES"),
+        "process_id": hosts.index if hosts.index >= 0 else _number(environment, "JAX_PROCESS_ID"),
+    }
+    address, count, index = given.values()
+    if count == 1:
+        return None
+    if address is not None and not str(address).rpartition(":")[2].isdecimal():
+        raise UserError(f"hosts.coordinator or JAX_COORDINATOR_ADDRESS = {address}: must be ADDRESS:PORT")
+    if count is not None and index is not None and not 0 <= int(index) < int(count):
+        raise UserError(f"hosts.index or JAX_PROCESS_ID = {index}: must be from 0 to {int(count) - 1}")
+    if None not in given.values():
+        return given | {"cluster_detection_method": "deactivate"}
+    cluster = _cluster()
+    if cluster:
+        return given | {"cluster_detection_method": cluster}
+    if set(given.values()) == {None}:
+        return None
+    names = {
+        "coordinator_address": "hosts.coordinator (JAX_COORDINATOR_ADDRESS)",
+        "num_processes": "hosts.count (JAX_NUM_PROCESSES)",
+        "process_id": "hosts.index (JAX_PROCESS_ID)",
+    }
+    missing = " and ".join(names[name] for name, value in given.items() if value is None)
+    raise UserError(f"several hosts: {missing} must be given too, or none of the three on a single machine")
+
+
+def join_hosts(hosts: HostsConfig) -> Peers | None:
+    """Join the other processes of the run, before JAX is used; return a watch over them, or None if there are none.
+
+    Raises:
+        UserError: as `find_hosts` does, or the others cannot be reached.
+    """
+    arguments = find_hosts(hosts)
+    if arguments is None:
+        return None
+    # JAX's own service would take SIGTERM away from us.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        # JAX's service is a second line of defence: it aborts what still runs a minute after the watch has spoken.
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=hosts.timeout_seconds + 60)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = arguments["coordinator_address"] or f"the coordinator ({arguments['cluster_detection_method']})"
+        raise UserError(
+            f"several hosts: cannot join the others at {where}: {reason}; start all processes within five minutes, "
+            "with the same coordinator and count and each with its own index"
+        ) from None
+    return Peers(hosts.timeout_seconds) if jax.process_count() > 1 else None
+
+
+class Peers:
+    """A watch over the other processes of a run; ends this one, with exit code 1, when one of them is gone.
+
+    Every process tells JAX's coordination service once a second that it is alive. The first one, where the service
+    runs, sees who is silent and says so to the others; these notice by themselves when the first one is gone. To be
+    used as a context: leaving it without an exception is a proper end, which the others do not mind.
+
+    Args:
+        timeout_seconds: after so long without a sign a process counts as dead.
+
+    Attributes:
+        on_loss: called with what happened, in a thread, before this process ends at once.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        from jax._src.distributed import global_state
+
+        assert global_state.client is not None and global_state.coordinator_address is not None
+        self._client, self._timeout = global_state.client, timeout_seconds
+        host, _, port = global_state.coordinator_address.rpartition(":")
+        self._first_process = (host.strip("[]"), int(port))
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._silence = timeout_seconds
+        self._left = threading.Event()
+        self._reached = time.monotonic()
+        self.on_loss: Callable[[str], None] = lambda message: log(f"error: {message}; start all processes again")
+
+    def __enter__(self) -> Peers:
+        _hold_up_aborts()
+        for work in (self._beat, self._guard):
+            threading.Thread(target=work, name=f"peers {work.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
+            # Most likely a collective operation without the process that is gone: let the watch say which.
+            self._silence = min(self._timeout, _SILENCE_AFTER_FAILURE)
+            time.sleep(self._silence + 10 * _BEAT_SECONDS)
+        self._left.set()
+        if kind is not None:
+            # JAX would wait for the others at the end of the interpreter, and abort when they are gone.
+            atexit.register(_end, 2 if issubclass(kind, (UserError, OSError)) else 1)
+        last = _DONE if kind is None else "failed: " + " ".join(str(error).split())[:500]
+        self._tell(_ALIVE + str(self._index), last)
+
+    def _beat(self) -> None:
+        """Say that this process is alive, and hear what the first one says; calls hang if that one is stopped."""
+        beats = 0
+        while not self._left.wait(_BEAT_SECONDS):
+            beats += 1
+            try:
+                self._client.key_value_set(_ALIVE + str(self._index), str(beats), allow_overwrite=True)
+                verdicts = self._client.key_value_dir_get(_VERDICT)
+            except Exception:
+                if not self._left.is_set():
+                    self._leave("process 0 has ended")
+                return
+            self._reached = time.monotonic()
+            if verdicts:
+                self._leave(verdicts[0][1])
+
+    def _guard(self) -> None:
+        seen: dict[str, tuple[str, float]] = {str(index): ("", time.monotonic()) for index in range(self._count)}
+        while not self._left.wait(_BEAT_SECONDS):
+            now = time.monotonic()
+            if self._index:
+                if now - self._reached > self._silence:
+                    self._leave(f"process 0 has given no sign for {self._silence:.0f} s")
+                if now - self._reached > 2 * _BEAT_SECONDS and self._is_refused():
+                    self._leave("process 0 has ended")
+                continue
+            for key, value in self._client.key_value_dir_get(_ALIVE):
+                index = key.rpartition("/")[2]
+                if seen[index][0] != value:
+                    seen[index] = (value, now)
+            for index, (value, time_seen) in seen.items():
+                if value.startswith("failed"):
+                    self._condemn(f"process {index} has {value}")
+                elif value != _DONE and now - time_seen > self._silence:
+                    self._condemn(f"process {index} has given no sign for {self._silence:.0f} s")
+
+    def _is_refused(self) -> bool:
+        """Return whether nobody listens any more where the first process did."""
+        try:
+            socket.create_connection(self._first_process, timeout=_BEAT_SECONDS).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _condemn(self, verdict: str) -> None:
+        self._tell(_VERDICT, verdict)
+        # Time for the others to hear it, or to end by the same mistake in their own words.
+        if not self._left.wait(3 * _BEAT_SECONDS):
+            self._leave(verdict)
+
+    def _tell(self, key: str, value: str) -> None:
+        try:
+            self._client.key_value_set(key, value, allow_overwrite=True)
+        except Exception as error:
+            log(f"warning: the other processes cannot be told: {' '.join(str(error).split())[:200]}")
+
+    def _leave(self, message: str) -> None:
+        try:
+            self.on_loss(message)
+        finally:
+            os._exit(1)
+
+
+def _hold_up_aborts() -> None:
+    # JAX's service aborts this process in the moment in which the first one is gone. The C library's `sleep` as the
+    # handler holds that up, for as many seconds as SIGABRT has for a number (6), so that the watch has the last word.
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"{name} = {text}: must be a number")
+    return int(text)
+
+
+def _cluster() -> str | None:
+    from jax._src.clusters import ClusterEnv
+
+    for cluster in ClusterEnv._cluster_types:
+        if cluster.name in _CLUSTERS and cluster.is_env_present():
+            return cluster.name if cluster.get_process_count() > 1 else None
+    return None
