@@ -43,9 +43,9 @@ from tcc_jax.training.profiling import Profile
 from tcc_jax.training.records import read_record, step_folder
 from tcc_jax.training.report import Report
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
-from tcc_jax.training.sharding import make_mesh, replicated, shard_batch
+from tcc_jax.training.sharding import make_mesh, replicated, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
-from tcc_jax.training.step import make_eval_step, make_train_step
+from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
 from tcc_jax.training.tensorboard import Board, require_tensorboard
 from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
@@ -136,6 +136,7 @@ class Run:
         devices = f"{self.mesh.size} {jax.default_backend()} device" + ("s" if self.mesh.size > 1 else "")
         num_sets = len(self.corpus.indices("train"))
         directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
+        directory.log(f"attention: {attention_backend(config, self.mesh)}")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
         has_board = config.training.tensorboard and jax.process_index() == 0
         metrics_file = MetricsFile(path / METRICS_FILE, self.first, directory.log, writes=jax.process_index() == 0)
@@ -187,14 +188,16 @@ class Run:
 
     def _run_steps(self, state: TrainState) -> None:
         config, report, stop = self.config, self.report, self.stop
-        loader = _loader(config, self.corpus, "train", self.first)
+        loader = _loader(config, self.corpus, self.mesh, "train", self.first)
         report.steps_per_epoch = loader.steps_per_epoch
         train_step = make_train_step(config, self.corpus.vocabulary.size, self.mesh)
         self.validate = make_validation(
             config,
             self.corpus,
             make_eval_step(config, self.corpus.vocabulary.size, self.mesh),
-            _loader(config, self.corpus, "validation", 0) if len(self.corpus.indices("validation")) else None,
+            _loader(config, self.corpus, self.mesh, "validation", 0)
+            if len(self.corpus.indices("validation"))
+            else None,
             self.mesh,
             self.make_recall,
         )
@@ -382,7 +385,8 @@ def _heard(stop: Stop | None) -> Iterator[Stop]:
         stop.ignore_signals()
 
 
-def _loader(config: Config, corpus: Corpus, split: Split, start_step: int) -> Loader:
+def _loader(config: Config, corpus: Corpus, mesh: Mesh, split: Split, start_step: int) -> Loader:
+    num_parts, part = rows_here(mesh, config.training.batch_rows)
     return make_loader(
         corpus,
         split,
@@ -392,6 +396,7 @@ def _loader(config: Config, corpus: Corpus, split: Split, start_step: int) -> Lo
         seed=config.run.seed,
         gene_order=config.data.gene_order,
         start_step=start_step,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
+        num_hosts=num_parts,
+        host=part,
+        library_weights=config.data.library_weights if split == "train" else {},
     )

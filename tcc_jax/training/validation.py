@@ -14,7 +14,7 @@ from tcc_jax.config import Config
 from tcc_jax.corpus.loader import Loader
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import Params
-from tcc_jax.training.sharding import shard_batch
+from tcc_jax.training.sharding import replicated, shard_batch
 from tcc_jax.training.state import TrainState
 
 Poll = Callable[[], None]
@@ -49,6 +49,7 @@ def make_validation(
         return lambda state, step, poll: {}
     num_batches = min(config.training.eval_steps, math.ceil(loader.steps_per_epoch))
     recall = make_recall(config, corpus) if make_recall and config.training.recall_sets else None
+    gather = jax.jit(lambda params: params, out_shardings=replicated(mesh))
 
     # The loop's guard is for steps; between them, what an evaluation moves makes nobody wait.
     @jax.transfer_guard("allow")
@@ -57,12 +58,12 @@ def make_validation(
         # The loader starts at step 0 each time: every evaluation sees the same batches.
         for index, batch in enumerate(itertools.islice(iter(loader), num_batches)):
             poll()
-            sums.append(eval_step(state.params, shard_batch(batch, mesh), np.int32(index)))
+            sums.append(eval_step(state.evaluated, shard_batch(batch, mesh), np.int32(index)))
         loss_sum, scored = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
         values = {"validation_loss": loss_sum / max(scored, 1)}
         if recall:
             poll()
-            values["validation_recall"] = recall(_on_one_device(state.params), step, poll)
+            values["validation_recall"] = recall(_on_one_device(gather(state.evaluated)), step, poll)
         return values
 
     return validate
@@ -70,7 +71,4 @@ def make_validation(
 
 def _on_one_device(params: Params) -> Params:
     device = jax.local_devices()[0]
-    return jax.tree.map(
-        lambda array: jax.device_put(array.addressable_data(0) if array.is_fully_replicated else array, device),
-        params,
-    )
+    return jax.tree.map(lambda array: jax.device_put(array.addressable_data(0), device), params)
