@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from tcc_jax.storage import as_path, is_remote
 from tcc_jax.terminal import UserError
 
 # What a folder must hold to be replaced: --overwrite is for results, never for somebody's data.
@@ -28,6 +29,11 @@ def embedded(name: str) -> Path:
     raise UserError(f"{name}: the embedded data file is missing; reinstall tcc-jax")
 
 
+def cache_folder() -> Path:
+    """Return where copies and fits that can be made again are kept: $XDG_CACHE_HOME/tcc_jax, or ~/.cache/tcc_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcc_jax"
+
+
 def open_binary(path: str | Path) -> IO[bytes]:
     """Open a plain, .gz or .xz file (by its ending) for reading bytes."""
     suffix = Path(path).suffix.lower()
@@ -39,8 +45,8 @@ def open_binary(path: str | Path) -> IO[bytes]:
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    """Return the SHA-256 of a file, of this machine or of a bucket, as 64 hexadecimal digits."""
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -59,6 +65,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `path` exists and may not be replaced, or it cannot be made.
     """
+    if is_remote(path):
+        raise UserError(f"{path}: must be a folder of this machine; copy it to the bucket from there")
     # Through links, so that the folder they point to is what appears or is replaced.
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():

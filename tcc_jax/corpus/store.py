@@ -1,23 +1,29 @@
-"""The prepared corpus on disk: written once, opened memory-mapped, checked against its recorded checksums."""
+"""The prepared corpus on disk: written once, opened memory-mapped, checked against its recorded checksums.
+
+One in a bucket is copied to this machine first, and kept for the next time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.files import sha256
-from tcc_jax.terminal import UserError
+from tcc_jax.files import atomic_folder, cache_folder, sha256
+from tcc_jax.storage import as_path, check_bucket, copy_file, files_in, is_remote
+from tcc_jax.terminal import UserError, progress
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
 SETS_HEADER = ("name", "library", "split", "length", "cluster", "other_names")
+_DESCRIPTION = "corpus.json"
 _FILES = ("genes.tsv", "sets.tsv", "tokens.npy", "offsets.npy")
 
 
@@ -97,18 +103,21 @@ def write_corpus(folder: Path, corpus: Corpus) -> None:
     meta["vocabulary_hash"] = corpus.vocabulary.hash
     meta["files"] = {name: sha256(folder / name) for name in _FILES}
     meta["corpus_hash"] = description_hash(meta)
-    with open(folder / "corpus.json", "w", encoding="utf-8", newline="\n") as file:
+    with open(folder / _DESCRIPTION, "w", encoding="utf-8", newline="\n") as file:
         json.dump(meta, file, indent=2, ensure_ascii=False, sort_keys=True)
         file.write("\n")
 
 
 def open_corpus(path: str | Path) -> Corpus:
-    """Open a prepared corpus and check it against its checksums.
+    """Open a prepared corpus, of this machine or of a bucket, and check it against its checksums.
 
     Raises:
-        UserError: not a corpus, another format version, or a file truncated or edited since it was written.
+        UserError: not a corpus, another format version, a file truncated or edited since it was written, or a bucket
+            that cannot be listed.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_remote(path):
+        return replace(_open_copy(path), path=path)
     meta = _read_meta(path)
     for name in _FILES:
         if not (path / name).exists():
@@ -140,8 +149,28 @@ def open_corpus(path: str | Path) -> Corpus:
     )
 
 
+def _open_copy(path: Path) -> Corpus:
+    check_bucket(path)
+    folder = cache_folder() / "corpora" / _read_meta(path)["corpus_hash"]
+    if (folder / _DESCRIPTION).exists():
+        # One that was damaged since is fetched again.
+        with contextlib.suppress(UserError):
+            return open_corpus(folder)
+    names = (_DESCRIPTION, *_FILES)
+    sizes = {name: file.bytes for name, file in files_in(path).items() if name in names}
+    with atomic_folder(folder, replace=True) as new:
+        with progress(f"{path} -> {folder}", sum(sizes.values())) as advance:
+            for name in sizes:
+                copy_file(path / name, new / name, advance)
+        try:
+            open_corpus(new)
+        except UserError as error:
+            raise UserError(str(error).replace(str(new), str(path))) from None
+    return open_corpus(folder)
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
-    file = path / "corpus.json"
+    file = path / _DESCRIPTION
     if not file.exists():
         raise UserError(f"{path}: no prepared corpus here (corpus.json is missing); run python -m tcc_jax.prepare")
     try:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: Orbax arrays beside a JSON description, written in the background, read onto any mesh.
 
 RUN/checkpoints/STEP holds `state` (Orbax: step, params, optimizer state) and `checkpoint.json`: the whole
-configuration, the hashes of the corpus and the vocabulary, versions, and the SHA-256 of every file. RUN/genes.tsv says
-what the ids mean. Exports (`tcc_jax.training.exports`) open the same way.
+configuration, the hashes of the corpus and the vocabulary, versions, and a checksum of every file. RUN/genes.tsv says
+what the ids mean. RUN may lie in a bucket. Exports (`tcc_jax.training.exports`) open the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tcc_jax.config import Config, from_dict
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import Params, abstract_params
+from tcc_jax.storage import absolute, as_path, check_bucket, on_this_machine, rename_folder
 from tcc_jax.terminal import UserError
 from tcc_jax.training.records import (
     FOLDER,
@@ -97,23 +98,27 @@ def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
     """Open a checkpoint or an export for use: its parameters, without the optimizer state or the mesh.
 
     Args:
-        path: a run directory (its latest step), one step inside it (RUN/checkpoints/STEP), or an export.
+        path: a run directory (its latest step), one step inside it (RUN/checkpoints/STEP), or an export, of this
+            machine or of a bucket.
 
     Raises:
-        UserError: no such directory, no checkpoint inside, a damaged one, or one of another vocabulary than
+        UserError: no such directory or bucket, no checkpoint inside, a damaged one, or one of another vocabulary than
             RUN/genes.tsv.
     """
     # Imported here because an export is read into the same LoadedCheckpoint.
     from tcc_jax.training.exports import is_export, read_export
 
-    if is_export(Path(path)):
-        return read_export(Path(path))
-    run_directory, step = _locate(Path(path))
+    path = as_path(path)
+    check_bucket(path)
+    if is_export(path):
+        return read_export(path)
+    run_directory, step = _locate(path)
     folder = step_folder(run_directory, step)
     meta = read_record(folder)
     verify(folder, meta)
     config = from_dict(meta["config"], str(folder))
-    vocabulary = Vocabulary.read(run_directory / VOCABULARY_FILE)
+    with on_this_machine(run_directory, VOCABULARY_FILE) as copy:
+        vocabulary = Vocabulary.read(copy / VOCABULARY_FILE)
     if vocabulary.hash != meta["vocabulary_hash"]:
         raise UserError(
             f"{folder}: trained on the vocabulary {meta['vocabulary_hash'][:12]}, but "
@@ -125,7 +130,7 @@ def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     with _damage_named(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore((folder / STATE).absolute(), args=arguments)["params"]
+        params = reader.restore(absolute(folder / STATE), args=arguments)["params"]
     return LoadedCheckpoint(meta, config, vocabulary, params, run_directory, step)
 
 
@@ -163,7 +168,7 @@ def find_checkpoint(
             )
         for bad, damage in damaged:
             report(f"warning: {damage}; put aside, going on from step {step:,}")
-            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+            rename_folder(bad, bad.with_name(f"{bad.name}.damaged"))
         return step, meta
     if damaged:
         raise UserError(f"{damaged[0][1]}; no good checkpoint is left in {run_directory / FOLDER}")
@@ -178,7 +183,7 @@ def restore_state(run_directory: Path, step: int, abstract: Any) -> Any:
     """
     folder = step_folder(run_directory, step)
     with _damage_named(folder), ocp.StandardCheckpointer() as reader:
-        return reader.restore((folder / STATE).absolute(), abstract)
+        return reader.restore(absolute(folder / STATE), abstract)
 
 
 def describe(config: Config, corpus: Corpus, step: int, elapsed_seconds: float) -> dict[str, Any]:
@@ -230,8 +235,8 @@ def check_same_run(meta: dict[str, Any], config: Config, corpus: Corpus) -> None
 def _locate(path: Path) -> tuple[Path, int]:
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory or checkpoint")
-    if path.name.isdigit() and path.absolute().parent.name == FOLDER:
-        return path.absolute().parent.parent, int(path.name)
+    if path.name.isdigit() and absolute(path).parent.name == FOLDER:
+        return absolute(path).parent.parent, int(path.name)
     step = latest_step(path)
     if step is None:
         raise UserError(

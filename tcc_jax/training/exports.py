@@ -30,6 +30,7 @@ from tcc_jax.config import from_dict
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.files import atomic_folder, sha256
 from tcc_jax.model.decoder import abstract_params
+from tcc_jax.storage import on_this_machine
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import VOCABULARY_FILE, LoadedCheckpoint
 
@@ -78,19 +79,20 @@ def is_export(folder: Path) -> bool:
 
 
 def read_export(folder: Path) -> LoadedCheckpoint:
-    """Open an export for use, its parameters in float32.
+    """Open an export, of this machine or of a bucket, for use, its parameters in float32.
 
     Raises:
         UserError: it is damaged, of another format version, or of another vocabulary than its genes.tsv.
     """
     meta = _read_description(folder)
-    if sha256(folder / ARRAYS_FILE) != meta.get("arrays_sha256"):
-        raise UserError(f"{folder}: the export is damaged: {ARRAYS_FILE} is not as it was written; export again")
-    vocabulary = Vocabulary.read(folder / VOCABULARY_FILE)
+    with on_this_machine(folder, ARRAYS_FILE, VOCABULARY_FILE) as copy:
+        if sha256(copy / ARRAYS_FILE) != meta.get("arrays_sha256"):
+            raise UserError(f"{folder}: the export is damaged: {ARRAYS_FILE} is not as it was written; export again")
+        vocabulary = Vocabulary.read(copy / VOCABULARY_FILE)
+        arrays = safetensors.numpy.load_file(copy / ARRAYS_FILE)
     if vocabulary.hash != meta["vocabulary_hash"]:
         raise UserError(f"{folder}: the export is damaged: {VOCABULARY_FILE} is not as it was written; export again")
     config = from_dict(meta["config"], str(folder))
-    arrays = safetensors.numpy.load_file(folder / ARRAYS_FILE)
 
     def array_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array = jnp.asarray(arrays[_name(path)], leaf.dtype)

@@ -1,8 +1,7 @@
 """One process at a time in a run directory: flock, and an owner file with a heartbeat where machines share the path.
 
-The kernel frees a flock when its process ends, SIGKILL included. A bucket that is mounted, or a network file system,
-has no lock that other machines see: there the owner writes the time every half minute, and whoever finds it fresh stays
-out.
+The kernel frees a flock when its process ends, SIGKILL included. A bucket, mounted or not, or a network file system has
+no lock that other machines see: there the owner writes the time every half minute, and whoever sees that stays out.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tcc_jax.terminal import UserError
+from tcc_jax.storage import is_remote, read_small
+from tcc_jax.terminal import UserError, log
+from tcc_jax.training.records import replace_text
 
 LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"
@@ -33,13 +34,17 @@ def hold(directory: Path, lost: Callable[[str], None]) -> Iterator[None]:
     """Hold a run directory against other processes of this machine, and of others where the path is shared.
 
     Args:
-        directory: the run.
+        directory: the run, which may lie in a bucket.
         lost: called with the reason, from a thread, when another machine has taken the directory over.
 
     Raises:
         UserError: another process holds it; the message says which.
     """
-    with flock(directory), owner_file(directory, lost) if is_shared(directory) else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if not is_remote(directory):
+            stack.enter_context(flock(directory))
+        if is_remote(directory) or is_shared(directory):
+            stack.enter_context(owner_file(directory, lost))
         yield
 
 
@@ -87,8 +92,10 @@ def owner_file(
 ) -> Iterator[None]:
     """Own a run directory that other machines may see: owner.json holds a name and the time.
 
-    The clocks of the machines must agree to about a minute. Two that start within a second of each other both write,
-    and the one that was overwritten finds out: here after a moment, or at its next heartbeat, when `lost` is called.
+    Where there is an owner, its next heartbeat keeps us out; without one we wait until the last is stale, but not for a
+    process of this machine that is gone. The clocks of the machines must agree to about a minute. Two that start within
+    a second of each other both write, and the one that was overwritten finds out: here after a moment, or at its next
+    heartbeat, when `lost` is called.
 
     Args:
         directory: an `etils.epath.Path`; `pathlib.Path` works too.
@@ -100,9 +107,16 @@ def owner_file(
         UserError: another process owns it.
     """
     path, name = directory / OWNER_FILE, uuid.uuid4().hex
-    now = _read_owner(path)
-    if now and time.time() - now["time"] < stale_seconds:
-        raise UserError(_refusal(directory, f"process {now['pid']} on {now['host']}"))
+    before = now = _read_owner(path)
+    if before and not _is_gone(before):
+        left = before["time"] + stale_seconds - time.time()
+        if left > 0:
+            log(f"{path}: process {before['pid']} on {before['host']}, is it alive? Waiting for {left:.0f} s at most")
+        while now and time.time() - before["time"] < stale_seconds:
+            time.sleep(min(1.0, heartbeat_seconds))
+            now = _read_owner(path)
+            if now and now["time"] != before["time"]:
+                raise UserError(_refusal(directory, f"process {now['pid']} on {now['host']}"))
     _write_owner(path, name)
     time.sleep(min(1.0, heartbeat_seconds))
     after = _read_owner(path)
@@ -113,7 +127,7 @@ def owner_file(
     def beat() -> None:
         while not done.wait(heartbeat_seconds):
             # A store that cannot be reached for a moment is no reason to stop.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 owner = _read_owner(path)
                 if owner and owner["name"] != name:
                     lost(f"process {owner['pid']} on {owner['host']} has taken over {directory}")
@@ -127,22 +141,37 @@ def owner_file(
     finally:
         done.set()
         thread.join()
-        owner = _read_owner(path)
-        if owner and owner["name"] == name:
-            path.unlink()
+        # Whoever comes next finds it stale.
+        with contextlib.suppress(Exception):
+            owner = _read_owner(path)
+            if owner and owner["name"] == name:
+                path.unlink()
 
 
 def _read_owner(path: Any) -> dict[str, Any] | None:
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(read_small(path))
         return owner if isinstance(owner, dict) and {"name", "time", "pid", "host"} <= owner.keys() else None
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
 def _write_owner(path: Any, name: str) -> None:
-    owner = {"name": name, "pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
-    path.write_text(json.dumps(owner) + "\n")
+    owner = {"name": name, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "time": time.time()}
+    replace_text(path, json.dumps(owner) + "\n")
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    return bool(_machine()) and owner.get("machine") == _machine() and not Path(f"/proc/{owner['pid']}").exists()
+
+
+def _machine() -> str:
+    # Process ids mean the same within one start of a machine and one namespace of processes (a container has its own).
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _refusal(directory: Any, owner: str) -> str:

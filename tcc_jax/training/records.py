@@ -1,6 +1,7 @@
-"""What makes a checkpoint whole: `checkpoint.json`, written last, with its description and the SHA-256 of every file.
+"""What makes a checkpoint whole: `checkpoint.json`, written last, with its description and a checksum of every file.
 
-A step's folder without it is a save that was cut off. It is removed first when a checkpoint is deleted.
+A step's folder without it is a save that was cut off. It is removed first when a checkpoint is deleted. The checksum is
+the SHA-256, or in a bucket the MD5 that the store keeps of every object, so that nothing has to be read back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tcc_jax.files import sha256
+from tcc_jax.storage import File, files_in, is_remote, names_in, write_object
 from tcc_jax.terminal import UserError
 
 FORMAT_VERSION = 2
@@ -31,9 +33,7 @@ def step_folder(run_directory: Path, step: int) -> Path:
 def whole_steps(run_directory: Path) -> list[int]:
     """Return the steps of a run that have a complete checkpoint, ascending. A save that was cut off does not count."""
     folder = run_directory / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and is_whole(entry))
+    return sorted(int(name) for name in names_in(folder) if name.isdigit() and is_whole(folder / name))
 
 
 def latest_step(run_directory: Path) -> int | None:
@@ -43,20 +43,21 @@ def latest_step(run_directory: Path) -> int | None:
 
 def is_whole(folder: Path) -> bool:
     """Return whether the save of a checkpoint came to its end; `verify` tells whether it is still as it was written."""
-    return (folder / RECORD).is_file() or (folder / _RECORD_1).is_file()
+    # One question to the store: the training loop waits for it before a save.
+    names = names_in(folder)
+    return RECORD in names or (_RECORD_1.parts[0] in names and (folder / _RECORD_1).is_file())
 
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
-    """Write the record of a checkpoint, whose other files are all there, in one rename.
+    """Write the record of a checkpoint, whose other files are all there, in one piece.
 
     Args:
         folder: the checkpoint.
         meta: its description, JSON values.
     """
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        name: {"bytes": file.bytes} | ({"md5": file.md5} if file.md5 else {"sha256": sha256(folder / name)})
+        for name, file in files_in(folder).items()
     }
     record = meta | {"files": files}
     record["record_sha256"] = _hash_of(record)
@@ -93,21 +94,29 @@ def verify(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         UserError: a file is missing, cut short or changed; the message names it.
     """
+    found = files_in(folder)
     for name, expected in record.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
+        if name not in found:
             raise UserError(f"{folder}: the checkpoint is damaged: {name} is missing")
-        size = path.stat().st_size
+        size = found[name].bytes
         if size != expected["bytes"]:
             raise UserError(
                 f"{folder}: the checkpoint is damaged: {name} has {size:,} bytes, {expected['bytes']:,} were written"
             )
-        if sha256(path) != expected["sha256"]:
-            raise UserError(f"{folder}: the checkpoint is damaged: {name} is not as it was written (SHA-256 differs)")
+        # A checkpoint may have been copied into a bucket or out of it.
+        if "md5" in expected:
+            kind, same = "MD5", _md5(folder / name, found[name]) == expected["md5"]
+        else:
+            kind, same = "SHA-256", sha256(folder / name) == expected["sha256"]
+        if not same:
+            raise UserError(f"{folder}: the checkpoint is damaged: {name} is not as it was written ({kind} differs)")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one rename, on the disk before it takes the place of the old one."""
+    """Write a file in one rename, on the disk before it takes the place of the old one; or one object of a bucket."""
+    if is_remote(path):
+        write_object(path, text.encode())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -118,6 +127,13 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _md5(path: Path, file: File) -> str:
+    if file.md5:
+        return file.md5
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _hash_of(record: dict[str, Any]) -> str:

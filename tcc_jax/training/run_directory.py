@@ -8,6 +8,9 @@ genes.tsv         what the ids mean
 checkpoints/STEP  `tcc_jax.training.checkpoint`; STEP.damaged was put aside by --resume last-good
 skipped/          batches whose loss was not finite, when that stopped the run
 status.json       state, step, time: replaced whole, for scripts that poll
+
+In a bucket everything but the checkpoints is written in a folder of this machine, and copied from there
+(`tcc_jax.training.mirror`).
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ import jax
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.storage import check_bucket, is_remote, names_in
 from tcc_jax.terminal import UserError, log
 from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
 from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
+from tcc_jax.training.mirror import Mirror, mirrored
 from tcc_jax.training.records import replace_text
 
 CONFIG_FILE = "config.json"
@@ -40,6 +45,7 @@ LOG_FILE = "train.log"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 STATUS_VERSION = 1
+_LAST = ("finished", "stopped", "failed")
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
 # What a process killed inside `replace_text` leaves behind.
 _HALF_WRITTEN = re.compile(r"\.[a-z]+\.json\.\d+\.tmp")
@@ -50,12 +56,18 @@ class RunDirectory:
     """A run directory held by this process; with several hosts only the first one writes.
 
     Args:
-        path: the folder.
+        path: the folder, which may lie in a bucket.
         steps: of the whole run, for status.json.
+        mirror: what keeps the small files of a run in a bucket.
+
+    Attributes:
+        path: the folder, where the checkpoints are.
+        local: where all other files are written: the same folder, or the one that is copied into the bucket.
     """
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, steps: int, mirror: Mirror | None = None) -> None:
+        self.path, self.local = path, mirror.local if mirror else path
+        self._mirror = mirror
         self._writes = jax.process_index() == 0
         self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
         self._written = 0.0
@@ -77,7 +89,11 @@ class RunDirectory:
         stamp = {"pid": os.getpid(), "host": socket.gethostname(), "time": _time()}
         # A full disk must not end a run for the sake of its status.
         with contextlib.suppress(OSError):
-            replace_text(self.path / STATUS_FILE, json.dumps(self._status | stamp) + "\n")
+            replace_text(self.local / STATUS_FILE, json.dumps(self._status | stamp) + "\n")
+        if state in _LAST:
+            # The process may end before the bucket is looked after again.
+            with contextlib.suppress(OSError):
+                self.sync()
 
     def log(self, message: str) -> None:
         """Print a line on standard error and add it to train.log."""
@@ -87,16 +103,25 @@ class RunDirectory:
     def note(self, message: str) -> None:
         """Add a line to train.log alone."""
         if self._writes:
-            with contextlib.suppress(OSError), open(self.path / LOG_FILE, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(self.local / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(f"{_time()} {message}\n")
+
+    def sync(self) -> None:
+        """Copy what has changed into the bucket of a run that lies in one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._mirror:
+            self._mirror.sync()
 
     def describe(self, config: Config, vocabulary: Vocabulary, step: int) -> None:
         """Write config.json and genes.tsv, and add this start, which goes on from `step`, to environment.json."""
         if not self._writes:
             return
-        replace_text(self.path / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
-        vocabulary.write(self.path / VOCABULARY_FILE)
-        path = self.path / ENVIRONMENT_FILE
+        replace_text(self.local / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        vocabulary.write(self.local / VOCABULARY_FILE)
+        path = self.local / ENVIRONMENT_FILE
         try:
             starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -124,21 +149,26 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
     """Make the run directory if it is not there, and hold it; a folder made here is removed if nothing came of it.
 
     Raises:
-        UserError: a file, a folder that is no run, or a run another process works on.
+        UserError: a bucket that cannot be listed, a file, a folder that is no run, or a run another process works on.
     """
+    check_bucket(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another run.directory")
     is_run = (path / CONFIG_FILE).exists() or jax.process_index() > 0
-    if path.is_dir() and not is_run and not all(_is_ours(entry.name) for entry in path.iterdir()):
+    if not is_run and not all(_is_ours(name) for name in names_in(path)):
         raise UserError(f"{path}: not empty and not a run of tcc_jax; choose another run.directory")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    with hold(path, _overtaken) if jax.process_index() == 0 else contextlib.nullcontext():
-        directory = RunDirectory(path, steps)
+    made = []
+    if not is_remote(path):
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            for entry in path.iterdir():
-                if _HALF_WRITTEN.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
+            stack.enter_context(hold(path, _overtaken))
+        directory = RunDirectory(path, steps, stack.enter_context(_mirror(path)) if is_remote(path) else None)
+        if jax.process_index() == 0:
+            for name in names_in(directory.local):
+                if _HALF_WRITTEN.fullmatch(name):
+                    (directory.local / name).unlink(missing_ok=True)
         try:
             yield directory
         except BaseException as error:
@@ -146,6 +176,12 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
             if made and not (path / CONFIG_FILE).exists():
                 _remove(path, made)
             raise
+
+
+def _mirror(path: Path) -> contextlib.AbstractContextManager[Mirror]:
+    # A start that fails before the configuration is written leaves nothing in the bucket.
+    first = CONFIG_FILE if jax.process_index() == 0 else None
+    return mirrored(path, (CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, METRICS_FILE), first, log)
 
 
 def _is_ours(name: str) -> bool:

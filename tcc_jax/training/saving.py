@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tcc_jax.storage import absolute, names_in, remove_folder
 from tcc_jax.terminal import log
 from tcc_jax.training.records import FOLDER, RECORD, STATE, is_whole, seal, whole_steps
 
@@ -56,10 +56,10 @@ class CheckpointWriter:
         self.saved_step: int | None = None
         self.failure: str | None = None
         self.pause_seconds = 0.0
-        if jax.process_index() == 0 and self._folder.is_dir():
-            for entry in self._folder.iterdir():
-                if entry.name.isdigit() and not is_whole(entry):
-                    shutil.rmtree(entry, ignore_errors=True)
+        if jax.process_index() == 0:
+            for name in names_in(self._folder):
+                if name.isdigit() and not is_whole(self._folder / name):
+                    remove_folder(self._folder / name, ignore_errors=True)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begin to save; the arrays are safe to overwrite when this returns. Waits for a save still under way.
@@ -71,11 +71,11 @@ class CheckpointWriter:
         """
         began = time.monotonic()
         self.wait()
-        if is_whole(self._folder / str(step)):
-            return
         try:
+            if is_whole(self._folder / str(step)):
+                return
             (self._folder / str(step)).mkdir(parents=True, exist_ok=True)
-            self._saver.save((self._folder / str(step) / STATE).absolute(), state)
+            self._saver.save(absolute(self._folder / str(step) / STATE), state)
         except Exception as error:
             self._failed(step, error)
             return
@@ -121,17 +121,17 @@ class CheckpointWriter:
         self.failure = f"step {step:,} could not be saved: {reason}"
         self._warn(f"warning: {self.failure}; checkpoints saved before are whole, the run goes on")
         if jax.process_index() == 0:
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            remove_folder(self._folder / str(step), ignore_errors=True)
 
     def _remove_old(self) -> None:
-        steps = whole_steps(self._run_directory)
-        for step in sorted(set(steps) - steps_to_keep(steps, self._keep, self._keep_every, self._recalls)):
-            try:
+        try:
+            steps = whole_steps(self._run_directory)
+            for step in sorted(set(steps) - steps_to_keep(steps, self._keep, self._keep_every, self._recalls)):
                 # The record goes first: what is left behind by a kill is then a save that was cut off.
                 (self._folder / str(step) / RECORD).unlink(missing_ok=True)
-                shutil.rmtree(self._folder / str(step))
-            except OSError as error:
-                self._warn(f"warning: the old checkpoint of step {step:,} could not be removed: {error}")
+                remove_folder(self._folder / str(step))
+        except Exception as error:
+            self._warn(f"warning: {self._folder}: old checkpoints could not be removed: {error}")
 
 
 def steps_to_keep(steps: Iterable[int], keep: int, keep_every: int, recalls: Mapping[int, float]) -> set[int]:

@@ -9,6 +9,7 @@ from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import UserError
 from tests.corpus.corpora import make_corpus
+from tests.fake_gcs import empty_bucket
 
 
 def files_of(folder):
@@ -72,3 +73,31 @@ def test_vocabulary_table(tmp_path):
         (tmp_path / "bad.tsv").write_text("\n".join([*lines[:number], bad, *lines[number + 1 :]]))
         with pytest.raises(UserError, match=r"bad.tsv"):
             Vocabulary.read(tmp_path / "bad.tsv")
+
+
+def test_a_corpus_in_a_bucket_is_copied_once_and_checked(tmp_path, monkeypatch):
+    fake = empty_bucket()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    corpus = make_corpus(tmp_path / "a")
+    fake.put_folder(corpus.path, "corpora/a")
+    opened = open_corpus("gs://bucket/corpora/a")
+    assert (str(opened.path), opened.hash) == ("gs://bucket/corpora/a", corpus.hash)
+    np.testing.assert_array_equal(opened.tokens, corpus.tokens)
+    assert isinstance(opened.tokens, np.memmap)
+    folder = tmp_path / "cache" / "tcc_jax" / "corpora" / corpus.hash
+    assert files_of(folder) == files_of(corpus.path)
+    del fake.buckets["bucket"]["corpora/a/tokens.npy"]
+    assert open_corpus("gs://bucket/corpora/a").hash == corpus.hash
+    (folder / "sets.tsv").write_text("cut")
+    with pytest.raises(UserError, match=r"gs://bucket/corpora/a/tokens\.npy: the file is missing"):
+        open_corpus("gs://bucket/corpora/a")
+    fake.write("corpora/a/tokens.npy", b"edited")
+    with pytest.raises(UserError, match=r"gs://bucket/corpora/a/tokens\.npy: damaged or edited"):
+        open_corpus("gs://bucket/corpora/a")
+    fake.put_folder(corpus.path, "corpora/a")
+    assert open_corpus("gs://bucket/corpora/a").hash == corpus.hash
+    assert files_of(folder) == files_of(corpus.path)
+    with pytest.raises(UserError, match="gs://bucket/corpora/none: no prepared corpus here"):
+        open_corpus("gs://bucket/corpora/none")
+    with pytest.raises(UserError, match="gs://missing/a: there is no bucket missing"):
+        open_corpus("gs://missing/a")

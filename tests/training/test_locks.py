@@ -90,3 +90,24 @@ def test_a_shared_path_has_an_owner_and_a_local_one_a_lock_alone(tmp_path, monke
     monkeypatch.setattr(locks, "is_shared", lambda path: True)
     with hold(tmp_path / "run", print):
         assert (tmp_path / "run" / "owner.json").exists()
+
+
+def test_the_owner_of_a_process_that_is_gone_is_followed_at_once_and_another_one_once_it_is_stale(folder):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner = {"name": "x", "pid": gone.pid, "host": "here", "machine": locks._machine(), "time": time.time()}
+    (folder / "owner.json").write_text(json.dumps(owner))
+    with owned(folder):
+        assert json.loads((folder / "owner.json").read_text())["name"] != "x"
+    # A process of another machine may have the same number.
+    began = time.time()
+    (folder / "owner.json").write_text(json.dumps(owner | {"machine": "another", "time": began}))
+    with owned(folder, stale_seconds=0.5):
+        assert json.loads((folder / "owner.json").read_text())["time"] >= began + 0.5
+
+
+def test_an_owner_that_cannot_be_read_is_not_followed(folder, monkeypatch):
+    monkeypatch.setattr(type(folder), "read_text", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError), owned(folder):
+        pass
+    assert not (folder / "owner.json").exists()
