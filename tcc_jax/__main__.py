@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "a checkpoint and gene sets -> completions of unseen sets, with statistics and baselines",
     "complete": "a checkpoint and some genes -> the genes that belong with them",
     "export": "a checkpoint -> weights in safetensors, readable without Orbax or JAX",
+    "bench": "how fast this machine loads data, trains, completes and saves, and how that compares with before",
     "download": "Enrichr libraries and the HGNC table -> a folder of GMT files",
 }
 
