@@ -12,6 +12,7 @@ COMMANDS = {
     "complete": "a checkpoint and some genes -> the genes that belong with them",
     "export": "a checkpoint -> weights in safetensors, readable without Orbax or JAX",
     "aot": "a TOML file and a topology -> whether its training step fits TPUs or GPUs that are not here",
+    "bench": "how fast this machine loads data, trains, completes and saves, and how that compares with before",
     "download": "Enrichr libraries and the HGNC table -> a folder of GMT files",
 }
 

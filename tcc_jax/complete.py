@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, log, parse_arguments, progress, run_command
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _evidence(options: Options, model: Model) -> Evidence | None:
     from tcc_jax.corpus.store import open_corpus
 
     path = options.corpus or model.checkpoint.config.data.corpus
-    if options.corpus is None and not Path(path).exists():
+    if options.corpus is None and not as_path(path).exists():
         log(f"--why is left out: the corpus {path} is not there; name it with --corpus")
         return None
     corpus = open_corpus(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tcc_jax.files import atomic_folder, sha256
+from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, log, parse_arguments, progress, run_command
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _open_corpus(options: Options, model: Model) -> tuple[Corpus | None, str]:
 
     path = options.corpus or model.checkpoint.config.data.corpus
     required = options.corpus is not None or not options.gmt
-    if not required and not Path(path).exists():
+    if not required and not as_path(path).exists():
         return None, f"the corpus {path} is not there; name it with --corpus"
     corpus = open_corpus(path)
     ours, theirs = model.vocabulary.hash, corpus.vocabulary.hash

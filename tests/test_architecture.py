@@ -13,10 +13,11 @@ FORBIDDEN = {
     "config": (["corpus", "model", "training", "completion"], []),
     "terminal": (["corpus", "model", "training", "completion"], []),
     "files": (["corpus", "model", "training", "completion"], []),
+    "storage": (["corpus", "model", "training", "completion"], []),
     "corpus": (["model", "training", "completion"], []),
     "model": (["corpus", "training", "completion"], []),
-    "training": (["completion"], []),
-    "completion": (["training"], ["training.checkpoint"]),
+    "training": (["completion", "benchmarking"], []),
+    "completion": (["training", "benchmarking"], ["training.checkpoint"]),
 }
 
 
@@ -48,7 +49,7 @@ def test_imports_follow_the_arrows(path):
                 assert any(within(name, f"tcc_jax.{module}") for module in excepted), f"{path} imports {name}"
         if room(path) not in COMMANDS:
             assert not any(within(name, f"tcc_jax.{command}") for command in COMMANDS), f"{path} imports {name}"
-        if room(path) in ("corpus", "config", "terminal", "files"):
+        if room(path) in ("corpus", "config", "terminal", "files", "storage"):
             assert not any(within(name, module) for module in ("jax", "jaxlib", "flax", "optax", "orbax")), name
         assert not any(
             within(name, module) for module in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")

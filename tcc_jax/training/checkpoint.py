@@ -124,13 +124,15 @@ def read_checkpoint(path: str | Path) -> LoadedCheckpoint:
             f"{folder}: trained on the vocabulary {meta['vocabulary_hash'][:12]}, but "
             f"{run_directory / VOCABULARY_FILE} is {vocabulary.hash[:12]}; put the run's own file back"
         )
-    target = {"params": abstract_params(config.model, meta["vocabulary_size"], meta["row_length"])}
+    # The average of the parameters, where the run kept one, is what it is evaluated by.
+    name = "average" if config.optimizer.ema_decay else "params"
+    target = {name: abstract_params(config.model, meta["vocabulary_size"], meta["row_length"])}
     target = with_sharding(target, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     with _damage_named(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(absolute(folder / STATE), args=arguments)["params"]
+        params = reader.restore(absolute(folder / STATE), args=arguments)[name]
     return LoadedCheckpoint(meta, config, vocabulary, params, run_directory, step)
 
 

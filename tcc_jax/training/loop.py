@@ -12,7 +12,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from tcc_jax.config import Config, profile_window
 from tcc_jax.corpus.loader import Batch, Loader, make_loader
 from tcc_jax.corpus.store import Corpus, Split, open_corpus
 from tcc_jax.model.decoder import count_parameters
+from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, progress
 from tcc_jax.training.checkpoint import (
     CheckpointWriter,
@@ -88,12 +88,7 @@ def train(
     if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config)
-    if "://" in config.run.directory:
-        raise UserError(
-            f"run.directory = {config.run.directory}: must be a path of this machine; mount the bucket (gcsfuse) and "
-            "give the path of the mount"
-        )
-    with _heard(stop) as stop, open_run_directory(Path(config.run.directory), config.training.steps) as directory:
+    with _heard(stop) as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
         stop.on_leave = lambda message: directory.status("stopped", message=message)
         if peers:
             peers.on_loss = functools.partial(_lost, directory)
@@ -139,7 +134,13 @@ class Run:
         directory.log(f"attention: {attention_backend(config, self.mesh)}")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
         has_board = config.training.tensorboard and jax.process_index() == 0
-        metrics_file = MetricsFile(path / METRICS_FILE, self.first, directory.log, writes=jax.process_index() == 0)
+        writes = jax.process_index() == 0
+        metrics_file = MetricsFile(directory.local / METRICS_FILE, self.first, directory.log, writes=writes)
+
+        def put_metrics_in_place() -> None:
+            metrics_file.sync()
+            directory.sync()
+
         with (
             contextlib.closing(metrics_file),
             CheckpointWriter(
@@ -147,14 +148,14 @@ class Run:
                 config.checkpoint.keep,
                 keep_every=config.checkpoint.keep_every,
                 recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
-                before_seal=metrics_file.sync,
+                before_seal=put_metrics_in_place,
                 note=directory.note,
                 warn=directory.log,
             ) as self.checkpoints,
             progress("training", config.training.steps, done=self.first) as advance,
-            Board(path / TENSORBOARD_FOLDER, self.first, directory.log) if has_board else _NOTHING as board,
+            Board(directory.local / TENSORBOARD_FOLDER, self.first, directory.log) if has_board else _NOTHING as board,
             Profile(
-                profile_window(config.training.profile_steps), path / PROFILE_FOLDER, directory.log
+                profile_window(config.training.profile_steps), directory.local / PROFILE_FOLDER, directory.log
             ) as self.profile,
             # What moves between host and devices is said in so many words: anything else would make one wait.
             jax.transfer_guard("disallow"),
@@ -258,9 +259,10 @@ class Run:
                 self._give_up(step, skips, batch, None if in_flight else state)
 
     def _give_up(self, step: int, skips: int, batch: Batch, state: TrainState | None) -> None:
-        file = self.directory.path / SKIPPED_FOLDER / f"step-{step}-host-{jax.process_index()}.npz"
-        file.parent.mkdir(exist_ok=True)
-        np.savez(file, **batch)  # type: ignore[arg-type]
+        name = f"{SKIPPED_FOLDER}/step-{step}-host-{jax.process_index()}.npz"
+        file = self.directory.path / name
+        (self.directory.local / SKIPPED_FOLDER).mkdir(exist_ok=True)
+        np.savez(self.directory.local / name, **batch)  # type: ignore[arg-type]
         if state is not None:
             # Its parameters are those of the last good update.
             self._save(step, state, evaluation_due=False)

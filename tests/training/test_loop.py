@@ -269,11 +269,16 @@ def test_what_a_run_leaves_behind(finished, capsys):
 
 def poison(patch, steps):
     """Make the loss of some steps (from 1) not a number, inside the jitted step."""
-    plain = step_module._loss
+    plain = step_module._make_loss
 
-    def poisoned_loss(config, size, params, batch, key, *, training):
-        loss_sum, scored = plain(config, size, params, batch, key, training=training)
-        return loss_sum * batch["poison"].mean() if training else loss_sum, scored
+    def make_poisoned_loss(config, size, mesh, *, training):
+        loss_of = plain(config, size, mesh, training=training)
+
+        def poisoned_loss(params, batch, key):
+            loss_sum, scored = loss_of(params, batch, key)
+            return loss_sum * batch["poison"].mean() if training else loss_sum, scored
+
+        return poisoned_loss
 
     def poisoned_loader(corpus, split, *, start_step, **settings):
         loader = make_loader(corpus, split, start_step=start_step, **settings)
@@ -288,7 +293,7 @@ def poison(patch, steps):
                 factor = np.nan if number in steps else 1.0
                 yield batch | {"poison": np.full(len(batch["tokens"]), factor, np.float32)}
 
-    patch.setattr(step_module, "_loss", poisoned_loss)
+    patch.setattr(step_module, "_make_loss", make_poisoned_loss)
     patch.setattr(loop, "make_loader", poisoned_loader)
 
 
@@ -525,10 +530,10 @@ def test_a_start_that_was_killed_inside_a_write_is_gone_on_from(corpus, tmp_path
     assert (tmp_path / "status.json").exists()
 
 
-def test_a_bucket_is_no_path(corpus, tmp_path, monkeypatch):
+def test_an_address_of_another_kind_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"run.directory = gs://bucket/run: must be a path of this machine"):
-        train(config_of(corpus, "gs://bucket/run"))
+    with pytest.raises(UserError, match=r"s3://bucket/run: must be a path of this machine or gs://BUCKET/FOLDER"):
+        train(config_of(corpus, "s3://bucket/run"))
     assert list(tmp_path.iterdir()) == []
 
 
