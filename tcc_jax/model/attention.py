@@ -8,8 +8,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tcc_jax.model.products import contract
+
 # Finite, so that a row without any visible key gives a plain number and not NaN, and so low that exp() of it is 0.
 MASKED = -1e30
+
+_SMALLEST_BLOCK, _MOST_BLOCKS = 64, 8
 
 
 def attend(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -22,18 +26,29 @@ def attend(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT:
         segments_BT: int32, 0 for padding, else the number of the segment a position belongs to.
 
     Returns:
-        BTNH in the type of the queries. Padding gives zeros, and takes and sends no gradient; what it holds has no
-        effect as long as it is finite (a weight of zero times NaN is NaN).
+        BTNH in the type of the queries. Padding gives zeros, and takes and sends no gradient. What padding holds must
+        be finite: 0 times it is added up.
     """
     length = q_BTNH.shape[1]
     real_BT = segments_BT > 0
-    same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & real_BT[:, :, None]
-    mixed_BTNH = attend_visible(q_BTNH, k_BSNH, v_BSNH, same_BTS & jnp.tri(length, dtype=bool))
-    return jnp.where(real_BT[:, :, None, None], mixed_BTNH, 0)
+    # Queries in blocks that leave out the keys after them: with eight of them, little over half of the scores.
+    size = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
+    mixed = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        query, keys = slice(start, end), slice(0, end)
+        visible_BTS = segments_BT[:, query, None] == segments_BT[:, None, keys]
+        visible_BTS &= real_BT[:, query, None] & jnp.tri(end - start, end, start, dtype=bool)
+        mixed.append(attend_visible(q_BTNH[:, query], k_BSNH[:, keys], v_BSNH[:, keys], visible_BTS))
+    return jnp.where(real_BT[:, :, None, None], jnp.concatenate(mixed, axis=1), 0)
 
 
+@jax.custom_vjp
 def attend_visible(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
     """Attention over the keys that a mask allows, softmax in float32: BTNH in the type of the queries.
+
+    Its gradient is that of FlashAttention (Dao et al. 2022), with the weights kept: fewer passes over the scores than
+    autodiff makes.
 
     Args:
         q_BTNH: queries, any float type; products take this type and accumulate in float32.
@@ -41,11 +56,36 @@ def attend_visible(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visi
         v_BSNH: values of the same positions.
         visible_BTS: bool, which keys a query sees. One that sees none gives the mean of all values.
     """
-    precision = product_precision(q_BTNH.dtype)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32, precision=precision)
-    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS * q_BTNH.shape[3] ** -0.5, MASKED)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision=precision)
+    return _attend_visible_forward(q_BTNH, k_BSNH, v_BSNH, visible_BTS)[0]
+
+
+def _attend_visible_forward(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_BTS: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    dtype = q_BTNH.dtype
+    scores_BNTS = contract("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[3] ** -0.5
+    scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, MASKED)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype)
+    mixed_BTNH = contract("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+    return mixed_BTNH.astype(dtype), (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, mixed_BTNH)
+
+
+def _attend_visible_backward(saved: tuple[jax.Array, ...], d_BTNH: jax.Array) -> tuple:
+    q_BTNH, k_BSNH, v_BSNH, weights_BNTS, mixed_BTNH = saved
+    # The mean of the weights' gradients, weighted by the weights, without going over them.
+    mean_BNT1 = jnp.swapaxes(jnp.sum(d_BTNH * mixed_BTNH, axis=-1, keepdims=True), 1, 2)
+    d_weights_BNTS = contract("BTNH,BSNH->BNTS", d_BTNH, v_BSNH)
+    scale = q_BTNH.shape[3] ** -0.5
+    d_scores_BNTS = (weights_BNTS * (d_weights_BNTS - mean_BNT1) * scale).astype(q_BTNH.dtype)
+    return (
+        contract("BNTS,BSNH->BTNH", d_scores_BNTS, k_BSNH, q_BTNH.dtype),
+        contract("BNTS,BTNH->BSNH", d_scores_BNTS, q_BTNH, q_BTNH.dtype),
+        contract("BNTS,BTNH->BSNH", weights_BNTS, d_BTNH, q_BTNH.dtype),
+        None,
+    )
+
+
+attend_visible.defvjp(_attend_visible_forward, _attend_visible_backward)
 
 
 def segment_offsets(segments_BT: jax.Array) -> jax.Array:
@@ -54,8 +94,3 @@ def segment_offsets(segments_BT: jax.Array) -> jax.Array:
     is_first_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
     first_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T, 0), axis=1)
     return index_T - first_BT
-
-
-def product_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Return the precision of a product: accelerators would round float32 operands to fewer bits unless told not to."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

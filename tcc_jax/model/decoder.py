@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from tcc_jax.config import ModelConfig
-from tcc_jax.model.attention import MASKED, attend, attend_visible, product_precision, segment_offsets
+from tcc_jax.model.attention import MASKED, attend, attend_visible, segment_offsets
+from tcc_jax.model.products import PRODUCT, contract, linear
 
 # The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
 PAD, START, END = 0, 1, 2
@@ -53,7 +54,7 @@ class Execution:
     place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
 
 
 class Decoder(nnx.Module):
@@ -168,14 +169,7 @@ class Decoder(nnx.Module):
         Padding ids and special ids other than <end> get a very low constant: no probability and no gradient.
         """
         dtype = jnp.dtype(self.config.matmul_dtype)
-        scores = jnp.einsum(
-            "...D,VD->...V",
-            h.astype(dtype),
-            self.embedding[...].astype(dtype),
-            preferred_element_type=jnp.float32,
-            precision=product_precision(dtype),
-        )
-        return scores + self.masked_bias()
+        return contract("...D,VD->...V", h.astype(dtype), self.embedding[...].astype(dtype)) + self.masked_bias()
 
     def masked_bias(self) -> jax.Array:
         """Return the output bias, [V_padded] float32, with a very low constant at ids that can never be proposed."""
@@ -251,11 +245,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [.., out] in `dtype`."""
-        kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: over two leading axes XLA's CPU backend takes twice as long, forward and back.
         matrix = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        product = jnp.matmul(matrix, kernel, precision=product_precision(self.dtype))
-        return product.reshape(*x.shape[:-1], -1)
+        return linear(matrix, self.kernel[...]).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tcc_jax.model.attention import product_precision
 from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
+from tcc_jax.model.products import contract, sum_of_outer
 
 
 def remaining_set_loss(
@@ -60,10 +60,9 @@ def remaining_set_loss(
     # T / V of the cost of the output layer it is not worth a segmented scan. Operands as in the logits, so that the
     # embedding rounds alike on both sides of the loss.
     dtype = jnp.dtype(decoder.config.matmul_dtype)
-    mean = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=product_precision(dtype))
     count_BC = jnp.maximum(count_BC, 1)
-    embedding_BTD = decoder.embedding[tokens_BT].astype(dtype)
-    embedding_BCD = mean("BCT,BTD->BCD", target_BCT.astype(dtype), embedding_BTD) / count_BC[:, :, None]
+    embedding_BTD = decoder.embedding[tokens_BT]
+    embedding_BCD = _sum_targets(target_BCT.astype(dtype), embedding_BTD) / count_BC[:, :, None]
     # The bias is added to the logits in float32.
     bias_BC = jnp.einsum(
         "BCT,BT->BC",
@@ -175,6 +174,18 @@ def _scored(
     return positions_BC, weights_BC, jnp.take_along_axis(h_BTD, positions_BC[:, :, None], axis=1)
 
 
+@jax.custom_vjp
+def _sum_targets(target_BCT: jax.Array, embedding_BTD: jax.Array) -> jax.Array:
+    return contract("BCT,BTD->BCD", target_BCT, embedding_BTD.astype(target_BCT.dtype))
+
+
+def _sum_targets_backward(target_BCT: jax.Array, d_BCD: jax.Array) -> tuple[None, jax.Array]:
+    return None, contract("BCT,BCD->BTD", target_BCT, d_BCD.astype(target_BCT.dtype))
+
+
+_sum_targets.defvjp(lambda target, embedding: (_sum_targets(target, embedding), target), _sum_targets_backward)
+
+
 def _cross_entropy(
     decoder: Decoder,
     h_BCD: jax.Array,
@@ -239,15 +250,11 @@ def _logsumexp(
     kind = jnp.dtype(dtype)
     operand_VD = embedding_VD.astype(kind)
 
-    def product(subscripts: str, *operands: jax.Array, out: Any = jnp.float32) -> jax.Array:
-        precision = product_precision(kind)
-        return jnp.einsum(subscripts, *operands, preferred_element_type=out, precision=precision)
-
     def chunk(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
         # P: the positions of the chunk over all rows, as one axis.
         shape = inputs[0].shape
         h_PD, weights_P = inputs[0].reshape(-1, shape[-1]), inputs[1].reshape(-1)
-        logits_PV = product("PD,VD->PV", h_PD.astype(kind), operand_VD, out=kind).astype(jnp.float32) + bias_V
+        logits_PV = contract("PD,VD->PV", h_PD.astype(kind), operand_VD, kind).astype(jnp.float32) + bias_V
         largest_P = jnp.max(logits_PV, axis=-1)
         exp_PV = jnp.exp(logits_PV - largest_P[:, None])
         sum_P = jnp.sum(exp_PV, axis=-1)
@@ -258,9 +265,9 @@ def _logsumexp(
         # exp / sum is the softmax; dividing the small side of each product saves a pass over the logits.
         scale_P = weights_P / sum_P
         operand_PV = exp_PV.astype(kind)
-        d_h_PD = product("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
-        d_embedding_VD = carry[1] + product("PV,PD->VD", operand_PV, (h_PD * scale_P[:, None]).astype(kind))
-        d_bias_V = carry[2] + product("PV,P->V", operand_PV, scale_P.astype(kind))
+        d_h_PD = contract("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
+        d_embedding_VD = carry[1] + sum_of_outer(operand_PV, (h_PD * scale_P[:, None]).astype(kind))
+        d_bias_V = carry[2] + contract("PV,P->V", operand_PV, scale_P.astype(kind))
         return (total, d_embedding_VD, d_bias_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
 
     carry: tuple[jax.Array, ...] = (jnp.zeros((), jnp.float32),)

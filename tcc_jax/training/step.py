@@ -26,7 +26,7 @@ Metrics = dict[str, jax.Array]
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 # Logits a device holds at once. On a CPU, small chunks are as fast as any, at less than half the processor time of
 # autodiff over the whole; an accelerator wants products as large as its memory allows (2 GiB of bfloat16).
-_LOGITS_AT_ONCE = {"cpu": 2**24}
+_LOGITS_AT_ONCE = {"cpu": 2**22}
 _LOGITS_AT_ONCE_ELSEWHERE = 2**30
 
 

@@ -147,7 +147,9 @@ def test_float32_products_of_the_plain_backend_keep_all_bits_on_a_tpu():
     x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.float32)
     attend = make_attend("xla", segments_per_row=1)
     lowered = jax.jit(attend).trace(x, x, x, np.ones((1, 128), np.int32)).lower(lowering_platforms=("tpu",)).as_text()
-    assert re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", lowered) == [("HIGHEST", "HIGHEST")] * 2
+    precisions = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", lowered)
+    assert len(precisions) >= 2
+    assert set(precisions) == {("HIGHEST", "HIGHEST")}
 
 
 def runs_of(segments_T):
