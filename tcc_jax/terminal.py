@@ -84,7 +84,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         with contextlib.redirect_stderr(captured):
             return tyro.cli(kind, args=arguments, **settings)
     except SystemExit as stop:
-        if stop.code in (0, None):
+        # --help, or a signal that came just now.
+        if stop.code in (0, None) or (isinstance(stop.code, int) and stop.code > 128):
             raise
         # tyro draws a box of several lines under a title; an error here is one line.
         drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]

@@ -30,10 +30,10 @@ def main() -> None:
 
 def _train() -> None:
     stop = Stop()
+    # From here on, before the seconds that tyro and jax take to import, and to the end of the process.
+    stop.hear_signals()
     config = parse_command_line(sys.argv[1:], command="train")
     _keep_compilations()
-    # From here on, before the seconds that jax takes to import, and to the end of the process.
-    stop.hear_signals()
     import jax
 
     from tcc_jax.training.hosts import join_hosts

@@ -49,8 +49,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"mesh.data x fsdp x tensor = {data} x {layout.fsdp} x {layout.tensor}: "
             f"only {len(devices)} {devices[0].platform} devices are here"
         )
+    rows = "training.batch_rows" + (" / training.microbatches" if training.microbatches > 1 else "")
     divided = {
-        "training.batch_rows / training.microbatches": (training.batch_rows // training.microbatches, ("data", "fsdp")),
+        rows: (training.batch_rows // training.microbatches, ("data", "fsdp")),
         "model.num_heads": (model.num_heads, ("tensor",)),
         "model.hidden_width": (model.hidden_width or 4 * model.width, ("tensor",)),
         # The vocabulary is padded to a multiple of this.
@@ -60,7 +61,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     for name, (value, axes) in divided.items():
         parts = math.prod(sizes[axis] for axis in axes)
         if value % parts:
-            where = " x ".join(f"mesh.{axis}" for axis in axes)
+            where = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
             raise UserError(f"{name} = {value}: must be a multiple of the {parts} devices of {where}")
     shape = (data, layout.fsdp, layout.tensor)
     chosen = devices[: math.prod(shape)]

@@ -17,11 +17,10 @@ from tcc_jax.training.checkpoint import find_checkpoint, read_checkpoint, restor
 from tcc_jax.training.exports import write_export
 from tcc_jax.training.loop import train
 from tcc_jax.training.records import whole_steps
-from tcc_jax.training.sharding import make_mesh
 from tcc_jax.training.state import abstract_state
 from tests.fake_gcs import empty_bucket
 from tests.training.corpora import write_small_corpus
-from tests.training.runs import small_config
+from tests.training.runs import small_config, small_mesh
 
 RUN = "gs://bucket/runs/one"
 KEEP = {"every_steps": 2, "keep": 2}
@@ -70,7 +69,7 @@ def config_of(corpus, directory=RUN, **sections):
 
 
 def state_at(config, step):
-    abstract = abstract_state(config, open_corpus(config.data.corpus).vocabulary.size, make_mesh(1, 8))
+    abstract = abstract_state(config, open_corpus(config.data.corpus).vocabulary.size, small_mesh())
     return jax.device_get(restore_state(as_path(config.run.directory), step, abstract))
 
 

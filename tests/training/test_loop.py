@@ -326,7 +326,7 @@ def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpu
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     saved = np.load(tmp_path / "run" / "skipped" / "step-9-host-0.npz", allow_pickle=False)
     assert np.isnan(saved["poison"]).all()
-    expected = next(iter(loop._loader(config, open_corpus(corpus), "train", 8)))
+    expected = next(iter(loop._loader(config, open_corpus(corpus), small_mesh(), "train", 8)))
     np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
 
 
