@@ -15,13 +15,12 @@ from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, log, parse_arguments, progress, run_command
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tcc_jax.completion.evidence import Evidence
+    from tcc_jax.completion.mixture import Mixture
     from tcc_jax.completion.model import Model
     from tcc_jax.completion.output import Format
     from tcc_jax.completion.queries import Completion, Query
     from tcc_jax.corpus.gmt import Problems
+    from tcc_jax.corpus.store import Corpus
     from tcc_jax.corpus.symbols import SymbolTable
 
 _LISTED = 20
@@ -62,8 +61,11 @@ class Options:
     """Sampling: chooses the genes, together with those visible. Ranking: chooses the permutations."""
     why: bool = False
     """Name the training sets most like the visible genes that hold each proposed one; needs the corpus."""
+    mixture: bool = False
+    """Ranking: by the model together with set-kNN and EASE, weighed on the validation split; needs the corpus. What is
+    fitted is kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes minutes."""
     corpus: str | None = None
-    """The prepared corpus for --why; the one the checkpoint was trained on unless set."""
+    """The prepared corpus for --why and --mixture; the one the checkpoint was trained on unless set."""
     format: Literal["table", "tsv", "json", "gmt"] | None = None
     """Output; unless set, by the ending of --out, else a table on a terminal and TSV otherwise."""
     out: str | None = None
@@ -80,10 +82,12 @@ def main() -> None:
 def _main() -> None:
     options = parse_arguments(Options, prog="python -m tcc_jax.complete")
     _check(options)
+    from tcc_jax.completion.evidence import Evidence
     from tcc_jax.completion.model import load
     from tcc_jax.completion.output import open_output, render
     from tcc_jax.completion.queries import complete_queries, stdin_named
     from tcc_jax.completion.sampler import Sampling
+    from tcc_jax.completion.sets import read_background
     from tcc_jax.corpus.gmt import Problems
     from tcc_jax.corpus.symbols import SymbolTable
 
@@ -95,11 +99,15 @@ def _main() -> None:
     model = load(options.checkpoint)
     model.seed = options.seed
     symbols, problems = SymbolTable.read(options.hgnc), Problems()
-    candidates_V = None if options.background is None else _background(options.background, model, symbols)
-    evidence = _evidence(options, model) if options.why else None
+    candidates_V = None
+    if options.background is not None:
+        candidates_V = read_background(options.background, symbols, model.vocabulary)
+    corpus = _corpus(options, model) if options.why or options.mixture else None
+    evidence = None if corpus is None or not options.why else Evidence(corpus)
+    scorer = None if corpus is None or not options.mixture else _mixture(options, model, corpus)
     details = {
         "checkpoint": {"path": options.checkpoint, "step": model.checkpoint.step},
-        "decode": options.decode,
+        "decode": "mixture" if options.mixture else options.decode,
         "number": options.number,
     }
     with progress("completing") as advance, stdin_named(), open_output(options.out) as file:
@@ -110,6 +118,7 @@ def _main() -> None:
             permutations=options.permutations,
             sampling=sampling,
             candidates_V=candidates_V,
+            scorer=scorer,
             evidence=evidence,
             advance=advance,
         )
@@ -128,6 +137,8 @@ def _check(options: Options) -> None:
     for name in ("number", "permutations"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.mixture and (options.decode == "sample" or options.permutations > 1):
+        raise UserError("--mixture ranks by one pass; leave out --decode sample and --permutations")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: must lie between 0 and {2**32 - 1}")
     if options.out is not None and Path(options.out).is_dir():
@@ -144,13 +155,14 @@ def _format(options: Options) -> Format:
 
 
 def _queries(options: Options, model: Model, symbols: SymbolTable, problems: Problems) -> Iterable[Query]:
-    from tcc_jax.completion.queries import queries_from_gmt, queries_from_stream, query_of, split_symbols
+    from tcc_jax.completion.queries import queries_from_gmt, queries_from_stream, query_of
+    from tcc_jax.completion.sets import split_symbols
 
     if options.gmt:
         return queries_from_gmt(options.gmt, symbols, model.vocabulary, problems)
     if options.genes == ("-",):
         return queries_from_stream(sys.stdin.buffer, symbols, model.vocabulary, problems)
-    return [query_of("query", split_symbols(options.genes), symbols, model.vocabulary)]
+    return [query_of("query", split_symbols(" ".join(options.genes)), symbols, model.vocabulary)]
 
 
 def _watched(completions: Iterable[Completion], model: Model, problems: Problems) -> Iterator[Completion]:
@@ -196,26 +208,11 @@ def _watched(completions: Iterable[Completion], model: Model, problems: Problems
         raise UserError(f"none of the {read:,} sets could be completed")
 
 
-def _background(path: str, model: Model, symbols: SymbolTable) -> np.ndarray:
-    from tcc_jax.completion.queries import query_of, split_symbols
-
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file of gene symbols") from None
-    found = query_of(path, split_symbols([text]), symbols, model.vocabulary)
-    if not len(found.ids):
-        raise UserError(f"{path}: no gene of the background is in the model's vocabulary")
-    log(f"background: {len(found.ids):,} genes from {len(found.symbols):,} symbols")
-    return model.background([model.vocabulary.symbols[id_] for id_ in found.ids])
-
-
-def _evidence(options: Options, model: Model) -> Evidence | None:
-    from tcc_jax.completion.evidence import Evidence
+def _corpus(options: Options, model: Model) -> Corpus | None:
     from tcc_jax.corpus.store import open_corpus
 
     path = options.corpus or model.checkpoint.config.data.corpus
-    if options.corpus is None and not as_path(path).exists():
+    if options.corpus is None and not options.mixture and not as_path(path).exists():
         log(f"--why is left out: the corpus {path} is not there; name it with --corpus")
         return None
     corpus = open_corpus(path)
@@ -223,7 +220,19 @@ def _evidence(options: Options, model: Model) -> Evidence | None:
         raise UserError(
             f"{path}: has another vocabulary than checkpoint {options.checkpoint}; name the one it was trained on"
         )
-    return Evidence(corpus)
+    return corpus
+
+
+def _mixture(options: Options, model: Model, corpus: Corpus) -> Mixture:
+    from tcc_jax.completion.baselines import tuned_neighbours
+    from tcc_jax.completion.cache import default_folder
+    from tcc_jax.completion.ease import Ease
+    from tcc_jax.completion.mixture import tuned_mixture
+
+    folder = default_folder()
+    mixture = tuned_mixture(model, Ease(corpus, folder), tuned_neighbours(corpus, folder), corpus, folder)
+    log(mixture.describe())
+    return mixture
 
 
 if __name__ == "__main__":

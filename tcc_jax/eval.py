@@ -59,8 +59,13 @@ class Options:
     """File of gene symbols: only these can be visible, hidden or drawn, and they are the universe."""
     baselines: Literal["standard", "all"] = "standard"
     """standard: random, popularity, set-kNN. all: EASE and a denoising auto-encoder too, each fitted once and kept."""
+    mixture: bool = False
+    """Also evaluate the model together with set-kNN and EASE, weighed on the validation split."""
     cache: str | None = None
-    """Folder for fitted baselines; $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax unless set."""
+    """Folder for what is fitted; $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax unless set."""
+    knn: tuple[int, float] | None = None
+    """Nearest training sets that set-kNN counts, and the power of their similarity; tuned on the validation split
+    unless set."""
     ease_genes: int = 13_000
     """Most frequent genes that EASE is fitted on; fitting takes about 12 bytes x genes^2 of memory."""
     ease_penalty: float = 20.0
@@ -104,6 +109,8 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.knn is not None and not (options.knn[0] >= 1 and options.knn[1] > 0):
+        raise UserError(f"--knn {options.knn[0]} {options.knn[1]:g}: give at least 1 neighbour, and a power above 0")
     if options.ease_penalty <= 0:
         raise UserError(f"--ease-penalty {options.ease_penalty}: must be above 0")
     if options.protocol == "default":
@@ -157,7 +164,7 @@ def _evaluate(options: Options, folder: Path) -> None:
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
     notes = [*methods.notes, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
     if corpus is None:
-        notes.append(f"set-kNN, EASE, the auto-encoder and the leak report are left out: {missing}")
+        notes.append(f"{', '.join(methods.left_out)} and the leak report are left out: {missing}")
     details = {
         "options": asdict(options),
         "checkpoint": {

@@ -72,6 +72,8 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--permutations", "0"], "--permutations"),
         (["G1", "--decode", "sample", "--top-p", "2"], "top_p = 2.0"),
         (["G1", "--seed", "-1"], "seed"),
+        (["G1", "--mixture", "--decode", "sample"], "--mixture"),
+        (["G1", "--mixture", "--corpus", "nowhere"], "nowhere"),
         (["G1", "-"], "standard input"),
         (["G1", "--gmt", "a.gmt"], "choose one"),
         (["--gmt", "nowhere.gmt"], "nowhere.gmt"),
@@ -168,7 +170,7 @@ def test_sampling_and_background(folder, monkeypatch, capsys):
     rows = [line.split("\t") for line in shown.out.splitlines()[1:]]
     assert {row[2] for row in rows} == {"G1", "G7", "G8"}
     assert sum(float(row[3]) for row in rows) == pytest.approx(1, rel=1e-4)
-    assert "background: 3 genes from 4 symbols" in shown.err
+    assert "background.txt: 3 genes; 1 others" in shown.err
     run(monkeypatch, folder, *arguments)
     assert capsys.readouterr().out == shown.out
 
@@ -187,6 +189,18 @@ def test_why(folder, monkeypatch, capsys):
         assert all(one["shared"] in (1, 2) and one["library"] == "lib" for one in proposal["training_sets"])
     run(monkeypatch, folder, "G3", "--why")
     assert "Jaccard" in capsys.readouterr().out
+
+
+def test_mixture(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run(monkeypatch, folder, "G3", "G4", "--mixture", "--number", "58")
+    shown = capsys.readouterr()
+    assert "mixture: log(p + " in shown.err
+    rows = [line.split("\t") for line in shown.out.splitlines()[1:]]
+    assert len(rows) == 58 and sum(float(row[3]) for row in rows) == pytest.approx(1, rel=1e-4)
+    run(monkeypatch, folder, "G3", "G4", "--number", "58")
+    alone = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert alone != rows and sorted(row[2] for row in alone) == sorted(row[2] for row in rows)
 
 
 def test_why_says_when_the_corpus_is_missing(folder, monkeypatch, capsys):

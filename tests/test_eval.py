@@ -47,7 +47,7 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     out = folder / "deep/report"
     report = json.loads((out / "report.json").read_text())
     rows = read_table(out / "per_set.tsv")
-    assert report["format_version"] == 2 and report["checkpoint"]["step"] == STEP
+    assert report["format_version"] == 3 and report["checkpoint"]["step"] == STEP
     assert report["sets_evaluated"] == 27 and len(rows) == 3 * 27 and report["skipped"] == []
     methods = {row["method"]: row for row in report["methods"]}
     assert list(methods) == ["model", "popularity", "random", "set-kNN"]
@@ -91,6 +91,23 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     assert [row["recall"] for row in curves["sweep"]][2 * len(names) : 3 * len(names)] == recall
     shown = capsys.readouterr().out
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
+
+
+def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
+    arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--mixture", "--ease-genes", 40, "--limit", 9)
+    run(monkeypatch, *arguments, "--knn", 3, 2.5, "--out", folder / "mixed")
+    report = json.loads((folder / "mixed/report.json").read_text())
+    names = ["model", "popularity", "random", "set-kNN", "mixture"]
+    assert [row["method"] for row in report["methods"]] == names and list(report["left_out"]) == [
+        "EASE",
+        "auto-encoder",
+    ]
+    compared = [(row["method"], row["baseline"]) for row in report["comparisons"]]
+    assert compared == [("model", name) for name in names[1:]] + [("mixture", name) for name in names[1:4]]
+    shown = capsys.readouterr().out
+    assert "nearest 3 training sets, idf cosine to the power 2.5, as given" in shown
+    assert "note: mixture: log(p + " in shown and "mixture against set-kNN" in shown
+    assert "mixture_recall" in read_table(folder / "mixed/per_set.tsv")[0]
 
 
 def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
@@ -245,6 +262,8 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--ease-penalty", "0"], "--ease-penalty"),
         (["--autoencoder-steps", "0"], "--autoencoder-steps"),
         (["--limit", "0"], "--limit"),
+        (["--knn", "0", "3"], "--knn"),
+        (["--knn", "500", "0"], "--knn"),
         (["--background", "missing.txt"], "missing.txt"),
         (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
         (["--protocol", "tcc"], "--drawn-counts"),

@@ -13,10 +13,9 @@ import numpy as np
 import scipy.sparse
 
 from tcc_jax.completion.cache import Arrays, cached
-from tcc_jax.completion.metrics import rank_keys, ranks_of
-from tcc_jax.completion.protocol import MaskedSet, genes_of, mask_sets
 from tcc_jax.completion.ranker import Scorer
-from tcc_jax.completion.sets import sets_from_corpus, training_sets
+from tcc_jax.completion.sets import training_sets
+from tcc_jax.completion.tuning import mean_recall, validation_masks
 from tcc_jax.corpus.similarity import Sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
@@ -138,27 +137,13 @@ def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
 
 
 def _tune(scorer: SetNeighbours, corpus: Corpus) -> Arrays:
-    masked, _ = mask_sets(sets_from_corpus(corpus, "validation"), genes_of(corpus.vocabulary.size))
-    rng = np.random.default_rng(0)
-    masked = [masked[index] for index in rng.permutation(len(masked))[:TUNING_SETS]]
+    masked = validation_masks(corpus, TUNING_SETS)
     best = (-1.0, scorer.neighbours, scorer.power)
-    if masked:
-        candidates_V = genes_of(corpus.vocabulary.size)
-        with progress("tuning set-kNN on the validation sets", len(POWERS) * len(masked)) as advance:
-            for power in POWERS:
-                # The votes of few neighbours are a part of those of many.
-                scores = scorer.scores([one.visible for one in masked], NEIGHBOURS, power)
-                for count, scores_BV in zip(NEIGHBOURS, scores, strict=True):
-                    recall = _recall(scores_BV, masked, candidates_V)
-                    best = max(best, (recall, count, power))
-                advance(len(masked))
+    with progress("tuning set-kNN on the validation sets", len(POWERS) * len(masked)) as advance:
+        for power in POWERS if masked else ():
+            # The votes of few neighbours are a part of those of many.
+            scores = scorer.scores([one.visible for one in masked], NEIGHBOURS, power)
+            for count, scores_BV in zip(NEIGHBOURS, scores, strict=True):
+                best = max(best, (mean_recall(scores_BV, masked), count, power))
+            advance(len(masked))
     return {"recall": np.array(best[0]), "neighbours": np.array(best[1]), "power": np.array(best[2])}
-
-
-def _recall(scores_BV: np.ndarray, masked: Sequence[MaskedSet], candidates_V: np.ndarray) -> float:
-    keys_BV = rank_keys(scores_BV, [one.visible for one in masked], candidates_V)
-    sorted_BV = np.sort(keys_BV, axis=1)
-    recalls = [
-        np.mean(ranks_of(sorted_BV[row], keys_BV[row, one.hidden]) <= len(one.hidden)) for row, one in enumerate(masked)
-    ]
-    return float(np.mean(recalls))

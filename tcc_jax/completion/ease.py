@@ -39,7 +39,7 @@ class Ease:
     def __init__(self, corpus: Corpus, folder: str | Path, num_genes: int = 13_000, penalty: float = 20.0) -> None:
         self._size = corpus.vocabulary.size
         # Ids go by falling count: the most frequent genes are the first.
-        self.num_genes = min(num_genes, self._size - NUM_SPECIAL)
+        self.num_genes, self.penalty = min(num_genes, self._size - NUM_SPECIAL), penalty
         settings = {"version": 1, "corpus": corpus.hash, "num_genes": self.num_genes, "penalty": penalty}
         try:
             self._weights_GG = cached(folder, "ease", settings, lambda: _fit(corpus, self.num_genes, penalty))[

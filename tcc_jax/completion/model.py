@@ -15,7 +15,8 @@ from typing import TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import scipy.special
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tcc_jax.completion.ranker import Scorer, power_of_two, rank, row_bucket
 from tcc_jax.completion.sampler import Sampler, Sampling
@@ -51,16 +52,23 @@ def load(path: str | Path, mesh: Mesh | None = None) -> Model:
 
     Args:
         path: the checkpoint.
-        mesh: spreads the rows of a sampled batch over its axis `data`.
+        mesh: the rows of a batch are spread over its axis `data`; over all devices of this process unless given.
 
     Raises:
         UserError: the path holds no readable checkpoint.
     """
+    if mesh is None:
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
     return Model(read_checkpoint(path), mesh=mesh)
 
 
 class Model:
     """A trained decoder that completes gene sets.
+
+    Args:
+        checkpoint: its parameters lie on every device of the mesh.
+        mesh: the rows of a batch are spread over its axis `data`; the default device unless given.
 
     Attributes:
         checkpoint: what it was opened from: configuration, vocabulary, step.
@@ -68,6 +76,12 @@ class Model:
     """
 
     def __init__(self, checkpoint: LoadedCheckpoint, seed: int = 0, mesh: Mesh | None = None) -> None:
+        if mesh is not None and mesh.size == 1:
+            mesh = None
+        self._rows_sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+        if mesh is not None:
+            whole = NamedSharding(mesh, PartitionSpec())
+            checkpoint = dataclasses.replace(checkpoint, params=jax.device_put(checkpoint.params, whole))
         self.checkpoint = checkpoint
         self.seed = seed
         self._config = checkpoint.config.model
@@ -163,6 +177,7 @@ class Model:
         permutations: int = 1,
         sampling: Sampling | None = None,
         candidates_V: np.ndarray | None = None,
+        scorer: Scorer | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Complete a stream of sets of any number, in bounded memory.
 
@@ -174,6 +189,7 @@ class Model:
             permutations: orders of the prompt that are averaged (ranking only).
             sampling: draw jointly in this way instead of ranking.
             candidates_V: [V] bool, the genes that may be proposed; all unless given.
+            scorer: rank by its scores, such as those of a mixture, instead of the model's.
 
         Yields:
             For each set, in order: ids, int32, and probabilities, float32, as `rank` or `Sampler.draw` give them.
@@ -181,7 +197,7 @@ class Model:
         for window in batched(queries, WINDOW):
             prompts, counts = [prompt for prompt, _ in window], [count for _, count in window]
             if sampling is None:
-                ids, shares = rank(self.scorer(permutations), prompts, counts, candidates_V=candidates_V)
+                ids, shares = rank(scorer or self.scorer(permutations), prompts, counts, candidates_V=candidates_V)
             else:
                 shown, budgets = zip(*(self._fit_to_draw(prompt, count) for prompt, count in window), strict=True)
                 seeds = [_seed_of(prompt, sampling.seed) for prompt in prompts]
@@ -198,44 +214,47 @@ class Model:
         if permutations == 1:
             return self.score
 
-        def average(visible: Sequence[np.ndarray]) -> jax.Array:
-            total_BV = jnp.zeros((len(visible), self.vocabulary.size), jnp.float32)
+        def average(visible: Sequence[np.ndarray]) -> np.ndarray:
+            total_BV = np.zeros((len(visible), self.vocabulary.size), np.float32)
             for number in range(permutations):
                 shuffled = [
                     np.random.default_rng([_seed_of(prompt, self.seed), number]).permutation(prompt)
                     for prompt in visible
                 ]
-                total_BV += jax.nn.log_softmax(self.score(shuffled))
+                total_BV += scipy.special.log_softmax(self.score(shuffled), axis=1)
             return total_BV / permutations
 
         return average
 
-    def score(self, prompts: Sequence[np.ndarray]) -> jax.Array:
+    def score(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """Score every id as the next gene of each set, from one forward pass over `<start>` and its visible genes.
 
         Args:
             prompts: arrays of gene ids, one a set; at most `prompt_limit` of each are used.
 
         Returns:
-            [n, V] float32 logits on the default device, special ids included.
+            [n, V] float32 logits, special ids included.
         """
+        shards = 1 if self._mesh is None else self._mesh.shape["data"]
         prompts = [self._fit(prompt, self.prompt_limit) for prompt in prompts]
-        parts = []
+        # Put together here and not on the device, where every other number of rows would be compiled anew.
+        scores_BV = np.empty((len(prompts), self.vocabulary.size), np.float32)
+        done = 0
         # A row's length depends on its own prompt alone, so that its neighbours do not change its result.
         for length, group in itertools.groupby(prompts, key=self._bucket):
             rows_at_once = max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // length, _PAIRS_AT_ONCE // length**2))
-            for batch in batched(group, rows_at_once):
-                tokens_BT = np.full((row_bucket(len(batch)), length), PAD, np.int32)
+            for batch in batched(group, shards * rows_at_once):
+                tokens_BT = np.full((row_bucket(len(batch), shards), length), PAD, np.int32)
                 tokens_BT[:, 0] = START
                 for row, prompt in enumerate(batch):
                     tokens_BT[row, 1 : 1 + len(prompt)] = prompt
                 logits_BV = _last_logits(
-                    self.checkpoint.params, tokens_BT, self._config, self.vocabulary.size, self._row_length
-                )
-                parts.append(logits_BV[: len(batch)])
-        if len(parts) == 1:
-            return parts[0]
-        return jnp.concatenate(parts) if parts else jnp.zeros((0, self.vocabulary.size), jnp.float32)
+                    self.checkpoint.params, jax.device_put(tokens_BT, self._rows_sharding), self._config,
+                    self.vocabulary.size, self._row_length,
+                )  # fmt: skip
+                scores_BV[done : done + len(batch)] = np.asarray(logits_BV)[: len(batch)]
+                done += len(batch)
+        return scores_BV
 
     def background(self, symbols: Iterable[str]) -> np.ndarray:
         """Return [V] bool: which genes a list of approved symbols allows.

@@ -89,11 +89,9 @@ def _significance(report: Report, figure: Any) -> None:
         heights = np.sort(np.maximum(-outcome.log_adjusted_p[0] / math.log(10), 0.0))[::-1]
         count = int(outcome.significant(report.alpha)[0].sum())
         colour = np.array(to_rgb(_COLOURS[place % len(_COLOURS)]))
-        style: dict[str, Any] = {
-            "marker": _MARKS[place % len(_MARKS)],
-            "markersize": 4 if place == 0 else 3,
-            "linestyle": "none",
-        }
+        style: dict[str, Any] = {"marker": _MARKS[place % len(_MARKS)], "markersize": 5, "linewidth": 1.2}
+        # A mark for some sets only, on a line through all: methods that lie close stay apart.
+        style["markevery"] = max(1, len(ranks) // 25)
         label = f"{outcome.method}: {count:,} of {len(ranks):,} significant"
         axes.plot(ranks[:count], heights[:count], color=tuple(colour), label=label, **style)
         axes.plot(ranks[count:], heights[count:], color=tuple(0.35 * colour + 0.65), **style)
@@ -111,7 +109,7 @@ def _significance(report: Report, figure: Any) -> None:
     axes.set_ylim(-0.05, top)
     axes.set_xlabel("sets, most significant first (each method in its own order; first seed)")
     axes.set_ylabel("-log10 of the adjusted p-value")
-    axes.set_title("Overlap of drawn and hidden genes; pale marks are not significant")
+    axes.set_title("Overlap of drawn and hidden genes; pale: not significant")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False)
 
@@ -125,7 +123,8 @@ def _recall(report: Report, figure: Any) -> None:
             f"{recall['mean']:.3f}", (recall["high"], place), xytext=(6, 0), textcoords="offset points", va="center"
         )
     _rows_of(axes, [row["method"] for row in report.methods])
-    axes.set_xlim(0, 1.12 * max(row["metrics"]["recall"]["high"] for row in report.methods) + 0.01)
+    axes.set_xlim(right=1.12 * max(row["metrics"]["recall"]["high"] for row in report.methods) + 0.01)
+    _from_zero(axes)
     axes.set_xlabel("recall at the drawn count, mean over sets and 95 % interval")
     axes.set_title("Share of the hidden genes that are found")
 
@@ -142,7 +141,7 @@ def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequ
     sizes = {row["subset"]: row["sets"] for row in rows}
     shown = [name if len(name) <= _NAME_SHOWN else name[: _NAME_SHOWN - 1] + "…" for name in names]
     _rows_of(axes, [f"{text}\n{sizes[name]:,} sets" for text, name in zip(shown, names, strict=True)])
-    axes.set_xlim(left=0)
+    _from_zero(axes)
     axes.set_xlabel("recall at the drawn count, mean over sets and 95 % interval")
     axes.set_title(f"Recall by {what}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -203,6 +202,11 @@ def _point(axes: Any, value: float, low: float, high: float, height: float, plac
         [value], [height], xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=_COLOURS[place % len(_COLOURS)],
         marker=_MARKS[place % len(_MARKS)], markersize=5, capsize=3, linestyle="none", label=label,
     )  # fmt: skip
+
+
+def _from_zero(axes: Any) -> None:
+    # A little below, so that a mark at 0 is whole.
+    axes.set_xlim(left=-0.015 * axes.get_xlim()[1])
 
 
 def _rows_of(axes: Any, names: Sequence[str]) -> None:

@@ -15,14 +15,13 @@ import numpy as np
 
 from tcc_jax.completion.evidence import Evidence, Neighbour
 from tcc_jax.completion.model import WINDOW, Model, Proposal, batched, unknown_gene
+from tcc_jax.completion.ranker import Scorer
 from tcc_jax.completion.sampler import Sampling
-from tcc_jax.completion.sets import FoundGene, find_gene
+from tcc_jax.completion.sets import FoundGene, find_gene, split_symbols
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, read_gmt
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import UserError
-
-_BETWEEN_SYMBOLS = re.compile(r"[\s,;]+")
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,6 @@ class Completion:
     proposals: list[Proposal]
     evidence: list[list[Neighbour]] | None
     problem: str
-
-
-def split_symbols(texts: Iterable[str]) -> list[str]:
-    """Return the symbols in texts where blanks, tabs, line ends, commas and semicolons stand between them."""
-    return [symbol for text in texts for symbol in _BETWEEN_SYMBOLS.split(text) if symbol]
 
 
 def query_of(name: str, symbols: Sequence[str], table: SymbolTable, vocabulary: Vocabulary) -> Query:
@@ -107,7 +101,7 @@ def queries_from_stream(
             yield from queries_from_gmt([path], table, vocabulary, problems)
             return
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
-        yield query_of("standard input", split_symbols([text]), table, vocabulary)
+        yield query_of("standard input", split_symbols(text), table, vocabulary)
 
 
 def complete_queries(
@@ -118,6 +112,7 @@ def complete_queries(
     permutations: int = 1,
     sampling: Sampling | None = None,
     candidates_V: np.ndarray | None = None,
+    scorer: Scorer | None = None,
     evidence: Evidence | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Completion]:
@@ -130,6 +125,7 @@ def complete_queries(
         permutations: as for `Model.complete`.
         sampling: as for `Model.complete`.
         candidates_V: as for `Model.propose`.
+        scorer: as for `Model.propose`.
         evidence: finds the training sets that speak for each gene; None leaves them out.
         advance: called with the number of sets just done.
 
@@ -139,7 +135,9 @@ def complete_queries(
     for window in batched(queries, WINDOW):
         prompts = [query.ids for query in window]
         known = ((prompt, number) for prompt in prompts if len(prompt))
-        found = model.propose(known, permutations=permutations, sampling=sampling, candidates_V=candidates_V)
+        found = model.propose(
+            known, permutations=permutations, sampling=sampling, candidates_V=candidates_V, scorer=scorer
+        )
         for query, prompt in zip(window, prompts, strict=True):
             if not len(prompt):
                 problem = "no known gene" if query.symbols else "no gene"

@@ -48,13 +48,15 @@ def rank(
     order = sorted(range(len(visible)), key=lambda index: (len(visible[index]), index))
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
-        scores_BV = scorer([visible[index] for index in batch])
-        longest = power_of_two(max(len(visible[index]) for index in batch))
-        visible_BP = np.full((len(batch), longest), PAD, np.int32)
+        # All sizes are rounded up, so that a stream of any sets compiles a bounded number of programs.
+        rows, longest = power_of_two(len(batch)), power_of_two(max(len(visible[index]) for index in batch))
+        scores_BV = np.asarray(scorer([visible[index] for index in batch]))
+        scores_BV = np.pad(scores_BV, ((0, rows - len(batch)), (0, 0)))
+        visible_BP = np.full((rows, longest), PAD, np.int32)
         for row, index in enumerate(batch):
             visible_BP[row, : len(visible[index])] = visible[index]
         most = min(power_of_two(max(counts[index] for index in batch)), scores_BV.shape[1])
-        top = top_genes(jnp.asarray(scores_BV), jnp.asarray(visible_BP), most, blocked)
+        top = top_genes(scores_BV, visible_BP, most, blocked)
         ids_BK, probabilities_BK, found_B = map(np.asarray, top)
         for row, index in enumerate(batch):
             drawn = min(counts[index], found_B[row])
@@ -96,6 +98,6 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def row_bucket(rows: int) -> int:
-    """Return the smallest of 1, 4, 16, 64 and so on that is at least `rows`: batches are padded to it."""
-    return next(bucket for power in range(32) if (bucket := 4**power) >= rows)
+def row_bucket(rows: int, shards: int = 1) -> int:
+    """Return what a batch is padded to: 1, 4, 16, 64 and so on rows on each of `shards` devices, at least `rows`."""
+    return next(shards * bucket for power in range(32) if shards * (bucket := 4**power) >= rows)

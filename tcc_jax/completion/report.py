@@ -19,7 +19,7 @@ from tcc_jax.corpus.gmt import GeneSet, write_gmt
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import table
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LEAK_LEVELS = (0.3, 0.5, 0.9)
 FAR = 0.1
 _SIZES = (10, 20, 50, 100, 200)
@@ -104,8 +104,11 @@ class Report:
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
-        """The model against each baseline, as `evaluation.compare`."""
-        return [compare(self.outcomes[0], other, seed=self.seed) for other in self.outcomes[1:]]
+        """The model, and the mixture, against each other method, as `evaluation.compare`."""
+        model, *others = self.outcomes
+        pairs = [(model, other) for other in others]
+        pairs += [(one, other) for one in others if one.method == "mixture" for other in others if other is not one]
+        return [compare(*pair, seed=self.seed) for pair in pairs]
 
     @functools.cached_property
     def leaks(self) -> dict[str, Any] | None:
@@ -163,7 +166,7 @@ class Report:
         ]
         if "far_from_training" in self.subsets:
             shown.append(
-                self._subset_table("Sets that retrieval can't help", "sets", self.subsets["far_from_training"])
+                self._subset_table("Sets that retrieval can't help", "which", self.subsets["far_from_training"])
             )
         for name, title in (("sweep", "Visible share"), ("noise", "Share of false genes in the prompt")):
             if name in self.curves:
@@ -233,12 +236,13 @@ class Report:
     def _paired_table(self) -> Table:
         rows = [
             [
-                one["baseline"], one["won"], one["lost"], one["tied"], f"{one['difference']:+.4f}",
+                f"{one['method']} against {one['baseline']}", one["won"], one["lost"], one["tied"],
+                f"{one['difference']:+.4f}",
                 f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}", f"{one['wilcoxon_p']:.2g}",
             ]
             for one in self.comparisons
         ]  # fmt: skip
-        header = ("model against", "sets won", "lost", "tied", "recall difference", "95 % interval", "p (Wilcoxon)")
+        header = ("", "sets won", "lost", "tied", "recall difference", "95 % interval", "p (Wilcoxon)")
         return Table("Paired comparison of the recall of each set", header, rows)
 
     def _leak_table(self) -> Table:

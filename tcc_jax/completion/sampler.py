@@ -62,8 +62,8 @@ class Sampler:
     """Draws genes for many sets at once, in batches of fixed shapes.
 
     A row's genes depend on its prompt, budget and seed alone. Among rows of one shape - prompt and budget rounded up to
-    powers of two, and 1, 4, 16 or 64 rows (or 256) - they come from identical bits; another shape changes the last bits
-    of the products, and so a gene only where two scores are within about 1e-4.
+    powers of two, and 1, 4, 16 or 64 rows (or 256) a device - they come from identical bits; another shape changes the
+    last bits of the products, and so a gene only where two scores are within about 1e-4.
 
     Args:
         params: of the decoder.
@@ -113,7 +113,7 @@ class Sampler:
         shares: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         allowed_V = self._allowed(candidates_V)
         for members, length, most in self._batches(prompts, budgets):
-            rows = self._whole_shards(row_bucket(len(members)))
+            rows = row_bucket(len(members), self._num_shards)
             tokens_BT = np.full((rows, length), PAD, np.int32)
             tokens_BT[:, 0] = START
             # Rows of padding hold <start> alone and have nothing to draw.
@@ -161,10 +161,7 @@ class Sampler:
         rows = self._most_rows
         while rows > 1 and rows * slots * (cached + scored) > self._batch_bytes:
             rows //= 4
-        return self._whole_shards(rows)
-
-    def _whole_shards(self, rows: int) -> int:
-        return -(-rows // self._num_shards) * self._num_shards
+        return rows * self._num_shards
 
     def _run(
         self, batch: tuple[np.ndarray, ...], allowed_V: np.ndarray, most: int, sampling: Sampling

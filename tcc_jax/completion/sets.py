@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,8 +159,13 @@ def best_training_jaccard(
     return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
 
 
+def split_symbols(text: str) -> list[str]:
+    """Return the symbols in a text where blanks, tabs, line ends, commas and semicolons stand between them."""
+    return [symbol for symbol in re.split(r"[\s,;]+", text) if symbol]
+
+
 def read_background(path: str | Path, table: SymbolTable, vocabulary: Vocabulary) -> np.ndarray:
-    """Read the genes an experiment could have found: symbols separated by white space.
+    """Read the genes an experiment could have found, as `split_symbols` takes them from the file.
 
     Returns:
         [V] bool, the ids that are in the background.
@@ -168,7 +174,7 @@ def read_background(path: str | Path, table: SymbolTable, vocabulary: Vocabulary
         UserError: no such file, not a text file, or no gene of the vocabulary in it.
     """
     try:
-        symbols = Path(path).read_text(encoding="utf-8").split()
+        symbols = split_symbols(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--background {path}: no such file") from None
     except UnicodeDecodeError:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import tcc_jax
+from tcc_jax.completion import model as module
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, START
 from tcc_jax.model.decoder import initial_params, merge
 from tcc_jax.terminal import UserError
+from tcc_jax.training.checkpoint import read_checkpoint
 from tests.completion.tiny import STEP, make_corpus, make_run
 
 ROW_LENGTH = 32
@@ -44,6 +46,46 @@ def test_scores_equal_an_unpadded_forward_pass_in_any_batch(model):
     for row in (1, 2, 3, 5):
         np.testing.assert_allclose(scores[row], scores_alone(model, prompts[row]), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(scores[-5:], model.score(prompts[-5:]), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_spread_over_all_devices_give_what_one_device_gives(model, monkeypatch):
+    one = Model(read_checkpoint(model.checkpoint.run_directory))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 32, 75)
+    prompts = [NUM_SPECIAL + rng.choice(60, length, replace=False).astype(np.int32) for length in lengths]
+    devices, last_logits = [], module._last_logits
+    monkeypatch.setattr(
+        module, "_last_logits", lambda params, tokens, *rest: (
+            devices.append((len(tokens.sharding.device_set), tokens.addressable_shards[0].data.shape[0]))
+            or last_logits(params, tokens, *rest)
+        ),
+    )  # fmt: skip
+    scores = model.score([prompts[0]] * 8)
+    np.testing.assert_allclose(scores, one.score([prompts[0]] * 8), rtol=1e-5, atol=1e-5)
+    assert devices == [(8, 1), (1, 16)]
+    for sampling in (None, Sampling()):
+        spread = list(model.propose(((prompt, 9) for prompt in prompts), sampling=sampling))
+        alone = list(one.propose(((prompt, 9) for prompt in prompts), sampling=sampling))
+        for (ids, shares), (expected, expected_shares) in zip(spread, alone, strict=True):
+            np.testing.assert_array_equal(ids, expected)
+            np.testing.assert_allclose(shares, expected_shares, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling()])
+def test_a_stream_of_other_sets_compiles_nothing_new(model, caplog, sampling):
+    rng = np.random.default_rng(0)
+
+    def complete(count):
+        # As many in both buckets of lengths, and always in the same bucket of rows.
+        lengths = [rng.integers(1, 15) + 15 * (place % 2) for place in range(count)]
+        prompts = [NUM_SPECIAL + rng.choice(60, length, replace=False).astype(np.int32) for length in lengths]
+        assert len(list(model.propose(((prompt, 9) for prompt in prompts), sampling=sampling))) == count
+
+    complete(64)
+    with jax.log_compiles():
+        for count in (63, 50, 57):
+            complete(count)
+    assert "Finished XLA compilation" not in caplog.text
 
 
 def with_position(model, position):

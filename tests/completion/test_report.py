@@ -92,7 +92,7 @@ def test_files(corpus, tmp_path):
     write_report(tmp_path, report, corpus.vocabulary, "completed")
     text = (tmp_path / "report.json").read_text()
     body = json.loads(text)
-    assert body["format_version"] == FORMAT_VERSION == 2 and "NaN" not in text
+    assert body["format_version"] == FORMAT_VERSION == 3 and "NaN" not in text
     assert [row["method"] for row in body["methods"]] == ["model", "popularity", NASTY]
     assert len(body["curves"]["sweep"]) == 6 and body["left_out"] == {"EASE": f"no {NASTY}"}
     assert sum(body["calibration"]["genes"]) == sum(60 - len(one.visible) for one in report.sets)

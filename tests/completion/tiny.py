@@ -44,7 +44,7 @@ def make_corpus(folder: Path, prefix: str = "G", num_sets: int = 90) -> Corpus:
     return open_corpus(folder)
 
 
-def make_run(folder: Path, corpus: Corpus, row_length: int = 32) -> Config:
+def make_run(folder: Path, corpus: Corpus, row_length: int = 32, seed: int = 3) -> Config:
     """Write a run directory with one checkpoint of a randomly initialised decoder."""
     config = from_dict(
         {
@@ -58,7 +58,7 @@ def make_run(folder: Path, corpus: Corpus, row_length: int = 32) -> Config:
 
     folder.mkdir(parents=True)
     shutil.copy(corpus.path / "genes.tsv", folder / VOCABULARY_FILE)
-    params = initial_params(config.model, corpus.vocabulary.size, row_length, jax.random.key(3))
+    params = initial_params(config.model, corpus.vocabulary.size, row_length, jax.random.key(seed))
     # Larger weights than at the start of training, so that what is visible matters to the scores.
     params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, params)
     with CheckpointWriter(folder, keep=1) as writer:
