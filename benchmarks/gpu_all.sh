@@ -24,8 +24,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 torch_python=${TORCH_PYTHON:-$python}
 
-# The tests' own settings keep them on the CPU: left out, they run where JAX would.
-tests=(--noconftest -p no:cacheprovider tests/model/test_attention.py)
+# The tests' own settings keep them on the CPU: left out, the one for kernels of a device runs where JAX would.
+tests=(--noconftest -p no:cacheprovider -k kernels_of_this_device tests/model/test_attention.py)
 train=(--windows 5 --steps 10 --vocabulary 44902)
 data=()
 sample=()
