@@ -27,6 +27,30 @@ RESULTS = Path("benchmarks/reliability.json")
 TABLE = Path("benchmarks/RELIABILITY.md")
 
 
+# What the tests put to several hosts and to runs in a bucket.
+ELSEWHERE = """
+## Several hosts, and runs in a bucket
+
+Two processes on one machine (`pytest tests/integration/test_hosts.py -m ""`), `hosts.timeout_seconds = 12`, seconds
+until the other had ended with one line that names the process and the step to go on from (one run each, on a busy
+machine):
+
+| fault | process 1 | process 0 |
+|---|---|---|
+| SIGKILL | 8.1 | 2.3 |
+| SIGSTOP | 14.6 | 12.9 |
+
+SIGTERM to either one, in a step or in an evaluation, stops and saves both. A save that fails on one of them
+(RLIMIT_FSIZE) ends both, with its reason on that one's last line; the run goes on from the checkpoint before, also on
+one process. On several hosts a failed save thus does not let the run go on: Orbax makes the others wait for it.
+
+In a bucket, against a server on loopback that speaks the JSON API (`pytest tests/training/test_bucket_runs.py`):
+SIGKILL at four chosen moments, and the run ends with the bits of one on a local disk; a flipped byte in an object is
+named, and last-good goes on; a second process is refused by the owner file, one that died is followed; saves that get
+403 or 507 are told and the run goes on. Never tried against Google's own service.
+"""
+
+
 def kills(folder: Path, count: int) -> list[dict[str, Any]]:
     """SIGKILL at random moments; every finished run is compared with an undisturbed one, to the bit."""
     outcome = kill_and_compare(folder, count, seed=0)
@@ -258,7 +282,7 @@ def write_table(results: dict[str, Any]) -> None:
         for part in parts.values()
         if "command" in part
     ]
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    TABLE.write_text("\n".join(lines) + "\n" + ELSEWHERE, encoding="utf-8")
 
 
 def main() -> None:
