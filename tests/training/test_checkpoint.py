@@ -62,6 +62,19 @@ def test_a_run_directory_opens_at_its_latest_step_and_a_step_folder_at_its_own(r
     assert jax.tree.structure(loaded.params) == jax.tree.structure(expected)
 
 
+def test_the_average_of_the_parameters_is_what_is_opened_for_use(run, tmp_path):
+    _, _, corpus, _ = run
+    config = small_config(optimizer={"ema_decay": 0.9})
+    state = create_state(config, corpus.vocabulary.size, None, small_mesh(2))
+    state = state._replace(average=jax.tree.map(lambda leaf: leaf + 1, state.params))
+    corpus.vocabulary.write(tmp_path / "genes.tsv")
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(1, state, describe(config, corpus, 1, elapsed_seconds=1.5))
+    jax.tree.map(np.testing.assert_array_equal, read_checkpoint(tmp_path).params, jax.device_get(state.average))
+    restored = restore_state(tmp_path, 1, abstract_state(config, corpus.vocabulary.size, small_mesh(fsdp=4)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
 def test_only_the_newest_are_kept(run):
     assert sorted(path.name for path in (run[0] / "checkpoints").iterdir() if path.is_dir()) == ["12", "3"]
 
