@@ -172,7 +172,9 @@ class Sampler:
         if cache is None or (cache[0][0].shape[0], cache[0][0].shape[3]) != (rows, length + most):
             # Drop the old one first, so that never two are held.
             cache = None
-            make = jax.jit(empty_cache, static_argnums=(0, 1, 2), out_shardings=self._rows_sharding)
+            # Placed as the parameters are, so that the next call, with what this one gives back, compiles nothing new.
+            place = self._rows_sharding or jax.tree.leaves(self._params)[0].sharding
+            make = jax.jit(empty_cache, static_argnums=(0, 1, 2), out_shardings=place)
             cache = make(config, rows, length + most)
         greedy = sampling.temperature == 0
         options = _Options(most, 1 if greedy else min(sampling.top_k, len(allowed_V)), sampling.stop_at_end)

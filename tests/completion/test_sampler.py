@@ -204,6 +204,15 @@ def test_mixed_lengths_compile_once_a_bucket():
     assert module._draw_rows._cache_size() - before == 2
 
 
+def test_a_second_batch_compiles_nothing_new_for_parameters_with_a_place_of_their_own():
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    sampler = Sampler(jax.device_put(params_of(config), jax.devices()[1]), config, SIZE, LENGTH)
+    before = module._draw_rows._cache_size()
+    for seed in (0, 1):
+        sampler.draw(prompts_of(2, seed=seed), [4, 4], [0, 1], Sampling())
+    assert module._draw_rows._cache_size() - before == 1
+
+
 def test_rows_spread_over_devices():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
     prompts, sampling = prompts_of(16), Sampling(top_k=20)
