@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tcc_jax.config import Config, read_toml, validate
+from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, log, parse_arguments, run_command, table
 
 if TYPE_CHECKING:
@@ -82,13 +83,17 @@ def _parse(arguments: list[str]) -> Options:
     else:
         raise UserError(f"the first argument must be the TOML file of a run: {program} --topology v5e:2x4")
     options = parse_arguments(Options, arguments, default=Options(tyro.MISSING, config=config), prog=program)
+    if options.vocabulary_size and not 32 <= options.vocabulary_size <= 2**24:
+        raise UserError(f"--vocabulary-size {options.vocabulary_size}: must lie between 32 and {2**24:,}")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"{options.json}: no such folder; make it first")
     return dataclasses.replace(options, config=validate(options.config, "the configuration"))
 
 
 def _vocabulary_size(options: Options) -> int:
     if options.vocabulary_size:
         return options.vocabulary_size
-    if not Path(options.config.data.corpus).is_dir():
+    if not as_path(options.config.data.corpus).is_dir():
         return 44_902
     from tcc_jax.corpus.store import open_corpus
 

@@ -244,6 +244,7 @@ def _loader(config: Config, corpus: Corpus) -> Loader:
         segments_per_row=config.training.segments_per_row,
         seed=config.run.seed,
         gene_order=config.data.gene_order,
+        library_weights=config.data.library_weights,
     )
 
 

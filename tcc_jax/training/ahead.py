@@ -167,13 +167,19 @@ def largest_batch(
     Returns:
         The largest that fits, or None if one row on each device does not.
     """
-    alone = dataclasses.replace(config.training, batch_rows=2**20, microbatches=1)
-    sizes = make_mesh(dataclasses.replace(config, training=alone), target.devices).shape
-    unit = sizes["data"] * sizes["fsdp"] * config.training.microbatches
+    layout = config.mesh
+    data = len(target.devices) // (layout.fsdp * layout.tensor) if layout.data == -1 else layout.data
+    unit = max(1, data) * layout.fsdp * config.training.microbatches
 
     def attempt(units: int) -> Compiled:
         training = dataclasses.replace(config.training, batch_rows=units * unit)
-        compiled = compile_step(dataclasses.replace(config, training=training), vocabulary_size, target)
+        try:
+            compiled = compile_step(dataclasses.replace(config, training=training), vocabulary_size, target)
+        except UserError as error:
+            if units == 1:
+                raise
+            # A kernel that cannot count so far.
+            compiled = Compiled(units * unit, 0, None, 0.0, False, str(error))
         report(compiled)
         return compiled
 

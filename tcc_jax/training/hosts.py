@@ -164,7 +164,12 @@ class Peers:
                 if now - self._reached > 2 * _BEAT_SECONDS and self._is_refused():
                     self._leave("process 0 has ended")
                 continue
-            for key, value in self._client.key_value_dir_get(_ALIVE):
+            try:
+                signs = self._client.key_value_dir_get(_ALIVE)
+            except Exception:
+                # A call that fails once is no reason to stop watching.
+                continue
+            for key, value in signs:
                 index = key.rpartition("/")[2]
                 if seen[index][0] != value:
                     seen[index] = (value, now)

@@ -43,7 +43,7 @@ from tcc_jax.training.profiling import Profile
 from tcc_jax.training.records import read_record, step_folder
 from tcc_jax.training.report import Report
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
-from tcc_jax.training.sharding import make_mesh, replicated, rows_here, shard_batch
+from tcc_jax.training.sharding import make_mesh, over_devices, replicated, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
 from tcc_jax.training.tensorboard import Board, require_tensorboard
@@ -117,6 +117,9 @@ class Run:
         self.first, self.meta = self._find_start()
         if self.meta:
             check_same_run(self.meta, config, corpus)
+        # What can be refused is, before anything is written.
+        self.attention = attention_backend(config, mesh)
+        self.loader = _loader(config, corpus, mesh, "train", self.first)
 
     def run(self) -> None:
         """Train to the end or to a request to stop."""
@@ -131,7 +134,7 @@ class Run:
         devices = f"{self.mesh.size} {jax.default_backend()} device" + ("s" if self.mesh.size > 1 else "")
         num_sets = len(self.corpus.indices("train"))
         directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
-        directory.log(f"attention: {attention_backend(config, self.mesh)}")
+        directory.log(f"attention: {self.attention}")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
         has_board = config.training.tensorboard and jax.process_index() == 0
         writes = jax.process_index() == 0
@@ -189,8 +192,7 @@ class Run:
 
     def _run_steps(self, state: TrainState) -> None:
         config, report, stop = self.config, self.report, self.stop
-        loader = _loader(config, self.corpus, self.mesh, "train", self.first)
-        report.steps_per_epoch = loader.steps_per_epoch
+        report.steps_per_epoch = self.loader.steps_per_epoch
         train_step = make_train_step(config, self.corpus.vocabulary.size, self.mesh)
         self.validate = make_validation(
             config,
@@ -208,7 +210,7 @@ class Run:
         late = config.compute.steps_in_flight - 1
         agreed, in_flight = Agreement(self.mesh, late), InFlight()
         every_seconds, last_save = 60 * config.checkpoint.every_minutes, time.monotonic()
-        batches = iter(loader)
+        batches = iter(self.loader)
         batch, arrays = self._fetch(batches)
         for step in range(self.first + 1, config.training.steps + 1):
             self.profile.before(step, state)
@@ -329,7 +331,9 @@ class Agreement:
         if jax.process_count() == 1:
             return flags
         local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
-        self._pending.append(self._any(_put({"flags": local_NK}, self._mesh)["flags"]))
+        with jax.transfer_guard_host_to_device("allow"):
+            flags_NK = jax.make_array_from_process_local_data(over_devices(self._mesh), local_NK)
+        self._pending.append(self._any(flags_NK))
         if len(self._pending) <= self._late:
             return (False,) * len(flags)
         return tuple(bool(flag) for flag in jax.device_get(self._pending.popleft()))
@@ -358,7 +362,7 @@ def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> Train
         other.params,
         state.params,
     )
-    return state._replace(params=params)
+    return state._replace(params=params, average=jax.tree.map(jnp.copy, params) if state.average else {})
 
 
 def _put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:

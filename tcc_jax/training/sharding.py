@@ -65,12 +65,27 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             raise UserError(f"{name} = {value}: must be a multiple of the {parts} devices of {where}")
     shape = (data, layout.fsdp, layout.tensor)
     chosen = devices[: math.prod(shape)]
-    return jax.make_mesh(shape, _AXES, axis_types=(AxisType.Auto,) * len(_AXES), devices=chosen)
+    if {device.process_index for device in chosen} != {device.process_index for device in devices}:
+        raise UserError(
+            f"mesh.data x fsdp x tensor = {data} x {layout.fsdp} x {layout.tensor}: leaves out a whole process; take "
+            f"all {len(devices)} devices"
+        )
+    mesh = jax.make_mesh(shape, _AXES, axis_types=(AxisType.Auto,) * len(_AXES), devices=chosen)
+    if len({device.process_index for device in chosen}) == 1:
+        return mesh
+    # By topology alone the rows of a process would not be one block of the batch, as its loader gives them.
+    by_process = sorted(mesh.devices.flat, key=lambda device: device.process_index)
+    return Mesh(np.array(by_process, dtype=object).reshape(shape), _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of scalars and metrics: whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def over_devices(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array with one entry for each device."""
+    return NamedSharding(mesh, PartitionSpec(_AXES))
 
 
 def over_rows(mesh: Mesh) -> NamedSharding:

@@ -537,6 +537,24 @@ def test_an_address_of_another_kind_is_refused(corpus, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"compute": {"attention": "cudnn"}}, "attention backend 'cudnn' needs"),
+        ({"data": {"library_weights": {"NOPE": 2.0}}}, "NOPE"),
+    ],
+)
+def test_a_kernel_or_library_that_is_not_there_leaves_no_folder_behind(corpus, tmp_path, sections, words):
+    with pytest.raises(UserError, match=words):
+        train(
+            small_config(
+                **{"run": {"directory": str(tmp_path / "run")}, **sections}
+                | {"data": {"corpus": str(corpus)} | sections.get("data", {})}
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistake_leaves_no_folder_behind(corpus, tmp_path):
     with pytest.raises(UserError, match="multiple of the 8 devices"):
         train(config_of(corpus, tmp_path / "run", training={"batch_rows": 4}, mesh={"data": 8}))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from tcc_jax.config import OptimizerConfig
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL
@@ -268,6 +269,26 @@ def test_frequency_bias_is_the_share_of_each_gene_among_all_targets():
 def test_a_mesh_that_cannot_be_is_refused(sections, words):
     with pytest.raises(UserError, match=words):
         make_mesh(small_config(**sections))
+
+
+class Chip:
+    platform = "tpu"
+
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def test_the_rows_of_a_process_are_one_block_whatever_the_topology(monkeypatch):
+    chips = [Chip(process) for process in (0, 0, 1, 1, 1, 1, 0, 0)]
+
+    def by_topology(shape, axes, *, axis_types, devices):
+        return Mesh(np.array(devices, dtype=object).reshape(shape), axes, axis_types=axis_types)
+
+    monkeypatch.setattr(jax, "make_mesh", by_topology)
+    mesh = make_mesh(small_config(mesh={"data": -1, "tensor": 2}), chips)
+    assert [chip.process_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(UserError, match="leaves out a whole process; take all 8"):
+        make_mesh(small_config(mesh={"data": 2}), chips)
 
 
 def test_all_devices_are_taken_unless_told_otherwise():
