@@ -86,12 +86,9 @@ def run(*arguments):
 
 def test_the_command_says_in_a_line_what_is_missing(tmp_path):
     (tmp_path / "run.toml").write_text(CONFIG)
-    for arguments in (
-        [],
-        ["--topology", "v5e:2x4"],
-        [tmp_path / "run.toml"],
-        [tmp_path / "run.toml", "--topology", "x"],
-    ):
+    toml, tpu = tmp_path / "run.toml", ["--topology", "v5e:2x4"]
+    mistakes = [[], tpu, [toml], [toml, "--topology", "x"], [toml, *tpu, "--vocabulary-size", -5]]
+    for arguments in [*mistakes, [toml, *tpu, "--json", tmp_path / "no" / "x.json"]]:
         done = run(*arguments)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith("error: ")
