@@ -110,7 +110,10 @@ class Decoder(nnx.Module):
         def run_block(x_BTD: jax.Array, inputs: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             state, key = inputs
             block = nnx.merge(graphs[0], state)
-            attend_layer: Attend = lambda q, k, v: execution.attend(q, k, v, segments_BT)  # noqa: E731
+
+            def attend_layer(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+                return execution.attend(q_BTNH, k_BTNH, v_BTNH, segments_BT)
+
             return execution.place(block(x_BTD, attend_layer, offsets_BT, key)), None
 
         if execution.remat != "none":
