@@ -56,6 +56,7 @@ def compare(options: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
+    from tcc_jax.benchmarking.records import processor
     from tcc_jax.corpus.store import open_corpus
 
     corpus = open_corpus(options.corpus)
@@ -223,16 +224,6 @@ def serve() -> None:
             )
             assert out.shape[1] == length + max(count for _, count in batch)
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
-
-
-def processor() -> str:
-    """Return the name of the processor, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -79,6 +79,7 @@ def compare(options: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
+    from benchmarks.compare_generate import ask
     from tcc_jax.benchmarking.measures import Trainer, mesh_of, train_batches, useful_tokens
     from tcc_jax.benchmarking.records import spread, surroundings
     from tcc_jax.benchmarking.synthetic import synthetic_corpus
@@ -229,16 +230,6 @@ def checks(rows: list[dict[str, Any]], theirs: int, ours: float, size: int) -> l
                 f"{100 * apart:+.1f} % from log V = {uniform:.3f}{'' if abs(apart) < 0.05 else ': TOO FAR'}"
             )
     return said
-
-
-def ask(server: Any, message: dict[str, Any]) -> Any:
-    """Send one line of JSON to the other process, and wait for its answer."""
-    server.stdin.write(json.dumps(message) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
-    if not answer:
-        raise SystemExit("the torch process ended; see its messages above")
-    return json.loads(answer)
 
 
 def serve() -> None:

@@ -37,7 +37,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), **packages()},
@@ -91,7 +91,8 @@ def _rounded(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, where the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
