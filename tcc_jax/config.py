@@ -76,8 +76,16 @@ class ObjectiveConfig:
     false_genes: float = 0.0
     """Largest share of false genes in a training prompt. Each set draws a share up to it; that many of its genes are
     replaced by random ones as they are shown, and stay among the genes to find."""
+    prompt_genes: int = 0
+    """Most genes of a set that a row holds, and at most the share cut_high of it: the prompts alone. The other genes
+    are targets without a place in the row. 0 holds whole sets."""
+    target_genes: int = 128
+    """With prompt_genes, the genes outside the row that stand for all of them, at most; a fresh sample each time."""
     frequency_bias: bool = True
     """Start the output bias at each gene's log frequency in the training sets, instead of at zero."""
+    spectral_start: bool = False
+    """Start the embedding at the leading singular vectors of the training sets, and the first block at taking the mean
+    of what it is shown, instead of at random: the decoder then begins as a linear completion of sets."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +247,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "objective.cut_low": (0, 1),
     "objective.cut_high": (0, 1),
     "objective.false_genes": (0, 1),
+    "objective.prompt_genes": (0, 2**20),
+    "objective.target_genes": (1, 2**16),
     "optimizer.learning_rate": (0, 1e3),
     "optimizer.decay_share": (0, 1),
     "optimizer.warmup_steps": (0, 2**31),
@@ -313,6 +323,8 @@ def validate(config: Config, source: str = "config") -> Config:
             f"{source}: objective.cut_low = {config.objective.cut_low}: must be under objective.cut_high = "
             f"{config.objective.cut_high}"
         )
+    if config.objective.prompt_genes:
+        _check_prompts(config, source)
     if config.training.batch_rows % config.training.microbatches:
         raise UserError(
             f"{source}: training.batch_rows = {config.training.batch_rows}: must be a multiple of "
@@ -325,6 +337,19 @@ def validate(config: Config, source: str = "config") -> Config:
     if config.mesh.data == 0:
         raise UserError(f"{source}: mesh.data = 0: must be -1 (all devices) or a number of devices")
     return config
+
+
+def _check_prompts(config: Config, source: str) -> None:
+    objective, training = config.objective, config.training
+    where = f"{source}: objective.prompt_genes = {objective.prompt_genes}"
+    if objective.kind != "remaining-set" or not objective.cut_points:
+        raise UserError(f"{where}: needs objective.kind = 'remaining-set' and objective.cut_points of 1 or more")
+    if objective.cut_high >= 1:
+        raise UserError(f"{where}: needs objective.cut_high under 1, so that every set has genes left to find")
+    if objective.prompt_genes >= training.row_length:
+        raise UserError(f"{where}: must be under training.row_length = {training.row_length}")
+    if config.data.gene_order == "file":
+        raise UserError(f"{where}: needs data.gene_order = 'shuffled'")
 
 
 def profile_window(text: str, source: str = "config") -> range:

@@ -39,6 +39,12 @@ def toml(tmp_path, text):
         ("[model]\nwidth = 100\nnum_heads = 12", "must be a multiple of model.num_heads = 12"),
         ('[model]\nwidth = 9\nnum_heads = 3\nposition = "rope"', "must be even when model.position = 'rope'"),
         ("[objective]\ncut_low = 0.5\ncut_high = 0.5", "objective.cut_low = 0.5: must be under objective.cut_high"),
+        ("[objective]\nprompt_genes = 9", "objective.prompt_genes = 9: needs objective.kind = 'remaining-set' and"),
+        ("[objective]\nprompt_genes = 9\ncut_points = 2", "prompt_genes = 9: needs objective.cut_high under 1"),
+        (
+            "[objective]\nprompt_genes = 99\ncut_points = 2\ncut_high = 0.6\n[training]\nrow_length = 64",
+            "objective.prompt_genes = 99: must be under training.row_length = 64",
+        ),
         ("[mesh]\ndata = 0", "mesh.data = 0: must be -1"),
         ("model = 3", "model must be a section"),
         ("[model\n", "not valid TOML"),

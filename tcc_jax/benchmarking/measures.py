@@ -22,7 +22,7 @@ from tcc_jax.benchmarking.records import spread
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.config import Config, MeshConfig
-from tcc_jax.corpus.loader import Batch, Loader, make_loader
+from tcc_jax.corpus.loader import Batch, loader_of_run
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import count_parameters
 from tcc_jax.terminal import UserError
@@ -52,7 +52,7 @@ def measure_data(config: Config, corpus: Corpus, windows: int, steps: int) -> _R
         that are not padding, over an epoch) and rows_per_epoch.
     """
     began = time.perf_counter()
-    loader = _loader(config, corpus)
+    loader = loader_of_run(config, corpus, "train")
     planning_seconds = time.perf_counter() - began
     batches = iter(loader)
     # Past what is read ahead while nobody takes it.
@@ -218,7 +218,7 @@ def mesh_of(config: Config) -> Mesh:
 
 def train_batches(config: Config, corpus: Corpus, count: int) -> list[Batch]:
     """Return the first `count` batches of a run."""
-    source = _loader(config, corpus).source
+    source = loader_of_run(config, corpus, "train").source
     return [source[step] for step in range(count)]
 
 
@@ -233,19 +233,6 @@ def _visible_keys(batch: Batch) -> int:
     rows = np.arange(len(segments_BT))[:, None]
     lengths = np.bincount((rows * (segments_BT.max() + 1) + segments_BT)[segments_BT > 0])
     return int((lengths * (lengths + 1) // 2).sum())
-
-
-def _loader(config: Config, corpus: Corpus) -> Loader:
-    return make_loader(
-        corpus,
-        "train",
-        row_length=config.training.row_length,
-        batch_rows=config.training.batch_rows,
-        segments_per_row=config.training.segments_per_row,
-        seed=config.run.seed,
-        gene_order=config.data.gene_order,
-        library_weights=config.data.library_weights,
-    )
 
 
 def _filled(state: TrainState) -> TrainState:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from tcc_jax.corpus.packing import Plan, plan_rows, segment_lengths
+from tcc_jax.config import Config
+from tcc_jax.corpus.packing import Plan, plan_rows, prompt_lengths, segment_lengths
 from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.vocabulary import END, START
 from tcc_jax.terminal import UserError
@@ -33,6 +34,11 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         segments: [B, T] number of the segment in its row, from 1; 0 is padding.
         starts: [B, M] column of each segment's `<start>`; 0 for unused slots.
         gene_counts: [B, M] genes in each segment; 0 for unused slots.
+
+    With `prompt_genes` a segment is only the prompt that `packing.prompt_lengths` allows, without `<end>`, and the
+    genes left out come beside it:
+        set_sizes: [B, M] genes in the whole set; 0 for unused slots.
+        targets: [B, M, R] ids of R = `target_genes` of those left out, or of all, then 0.
     """
 
     def __init__(
@@ -46,10 +52,15 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         seed: int,
         gene_order: Literal["shuffled", "file"] = "shuffled",
         library_weights: Mapping[str, float] | None = None,
+        prompt_genes: int = 0,
+        prompt_share: float = 1.0,
+        target_genes: int = 0,
         num_hosts: int = 1,
         host: int = 0,
     ) -> None:
         """Plan the epoch. `batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
+
+        `prompt_genes` and `prompt_share` are those of `packing.prompt_lengths`; 0 and `target_genes` 0 give whole sets.
 
         Raises:
             UserError: the split is empty, the rows cannot be divided among the hosts, a library with a weight is not in
@@ -63,7 +74,8 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         self._sets = corpus.indices(split)
         if not len(self._sets):
             raise UserError(f"{corpus.path}: no {split} sets in this corpus; prepare it with a larger share")
-        self._lengths = segment_lengths(corpus.lengths[self._sets], row_length)
+        self._prompt_genes, self._prompt_share, self._target_genes = prompt_genes, prompt_share, target_genes
+        self._lengths = np.minimum(self._whole_lengths(corpus.lengths[self._sets]), row_length)
         self._weights = _set_weights(corpus, split, library_weights or {})
         self.plan: Plan = plan_rows(self._lengths, row_length, segments_per_row)
         self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
@@ -91,6 +103,9 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             "starts": np.zeros((len(rows), most), np.int32),
             "gene_counts": np.zeros((len(rows), most), np.int32),
         }
+        if self._prompt_genes:
+            batch["set_sizes"] = np.zeros((len(rows), most), np.int32)
+            batch["targets"] = np.zeros((len(rows), most, self._target_genes), np.int32)
         epochs, places = np.divmod(rows, plan.num_rows)
         for epoch in np.unique(epochs):
             order, dealt, copies = self._epoch(int(epoch))
@@ -101,6 +116,12 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             slots = first_slots[row] + in_row
             self._fill(batch, here[row], in_row, plan.slot_lengths[slots], dealt[slots], copies[slots], int(epoch))
         return batch
+
+    def _whole_lengths(self, gene_counts: np.ndarray) -> np.ndarray:
+        """Return the tokens of segments that nothing cuts short."""
+        if self._prompt_genes:
+            return prompt_lengths(gene_counts, self._prompt_genes, self._prompt_share)
+        return segment_lengths(gene_counts)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the order of the plan's rows, and for each slot its set and which copy of it in this epoch."""
@@ -152,26 +173,33 @@ class BatchSource(grain.sources.RandomAccessDataSource):
     ) -> None:
         offsets = self._corpus.offsets
         set_starts, gene_counts = offsets[sets], offsets[sets + 1] - offsets[sets]
-        whole = gene_counts + 2 <= slot_lengths
-        lengths = np.where(whole, gene_counts + 2, slot_lengths)
-        kept_counts = np.where(whole, gene_counts, lengths - 1)
-        genes, owner, place = self._drawn_genes(set_starts, gene_counts, kept_counts, copies, epoch)
+        lengths = np.minimum(self._whole_lengths(gene_counts), slot_lengths)
+        has_end = gene_counts + 2 == lengths
+        kept_counts = lengths - 1 - has_end
+        drawn_counts = np.minimum(kept_counts + self._target_genes, gene_counts)
+        genes, owner, place = self._drawn_genes(set_starts, gene_counts, drawn_counts, copies, epoch)
+        if self._prompt_genes:
+            beyond = place >= kept_counts[owner]
+            who, where = owner[beyond], (place - kept_counts[owner])[beyond]
+            batch["targets"][rows[who], in_row[who], where] = genes[beyond]
+            batch["set_sizes"][rows, in_row] = gene_counts
+            genes, owner, place = genes[~beyond], owner[~beyond], place[~beyond]
 
         # Segments of a row follow one another: a start is the sum of the lengths before it in its row.
         before = np.cumsum(lengths) - lengths
         starts = before - before[np.flatnonzero(in_row == 0)[np.cumsum(in_row == 0) - 1]]
         batch["tokens"][rows, starts] = START
         batch["tokens"][rows[owner], starts[owner] + 1 + place] = genes
-        batch["tokens"][rows[whole], (starts + gene_counts + 1)[whole]] = END
+        batch["tokens"][rows[has_end], (starts + gene_counts + 1)[has_end]] = END
         segment, within = _ragged(lengths)
         batch["segments"][rows[segment], starts[segment] + within] = in_row[segment] + 1
         batch["starts"][rows, in_row] = starts
         batch["gene_counts"][rows, in_row] = kept_counts
 
     def _drawn_genes(
-        self, set_starts: np.ndarray, gene_counts: np.ndarray, kept_counts: np.ndarray, copies: np.ndarray, epoch: int
+        self, set_starts: np.ndarray, gene_counts: np.ndarray, counts: np.ndarray, copies: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw `kept_counts` genes of each set: return them flat, with the set each belongs to and its place there."""
+        """Draw `counts` genes of each set: return them flat, with the set each belongs to and its place there."""
         owner, place = _ragged(gene_counts)
         flat = set_starts[owner] + place
         mentions = flat + copies[owner] * len(self._corpus.tokens)
@@ -179,8 +207,8 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         # Owner in the high bits: one sort of 64-bit integers shuffles every set within itself. Stable, so that a tie
         # of two keys is broken alike wherever the set lies.
         keys = (owner.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24))
-        flat = flat[np.argsort(keys, kind="stable")][place < kept_counts[owner]]
-        owner, place = _ragged(kept_counts)
+        flat = flat[np.argsort(keys, kind="stable")][place < counts[owner]]
+        owner, place = _ragged(counts)
         if self._gene_order == "file":
             flat = flat[np.lexsort((flat, owner))]
         return self._corpus.tokens[flat], owner, place
@@ -212,6 +240,30 @@ def make_loader(corpus: Corpus, split: Split, *, start_step: int = 0, **settings
         UserError: as `BatchSource`.
     """
     return Loader(BatchSource(corpus, split, **settings), start_step)
+
+
+def loader_of_run(
+    config: Config, corpus: Corpus, split: Split, *, start_step: int = 0, num_hosts: int = 1, host: int = 0
+) -> Loader:
+    """Return the batches that a configuration asks for. Library weights hold for training alone.
+
+    Raises:
+        UserError: as `BatchSource`.
+    """
+    training, objective = config.training, config.objective
+    settings: dict[str, Any] = {
+        "row_length": training.row_length,
+        "batch_rows": training.batch_rows,
+        "segments_per_row": training.segments_per_row,
+        "seed": config.run.seed,
+        "gene_order": config.data.gene_order,
+    }
+    if split == "train":
+        settings["library_weights"] = config.data.library_weights
+    if objective.prompt_genes:
+        settings |= {"prompt_genes": objective.prompt_genes, "prompt_share": objective.cut_high}
+        settings["target_genes"] = objective.target_genes
+    return make_loader(corpus, split, start_step=start_step, num_hosts=num_hosts, host=host, **settings)
 
 
 def _set_weights(corpus: Corpus, split: Split, library_weights: Mapping[str, float]) -> np.ndarray:

@@ -35,9 +35,23 @@ class Plan:
         return float(self.slot_lengths.sum()) / (self.num_rows * self.row_length)
 
 
-def segment_lengths(gene_counts: np.ndarray, row_length: int) -> np.ndarray:
-    """Return [sets] int64 tokens of sets of `gene_counts` genes: `<start>`, genes, `<end>`, cut to fit a row."""
-    return np.minimum(gene_counts + 2, row_length).astype(np.int64)
+def segment_lengths(gene_counts: np.ndarray) -> np.ndarray:
+    """Return [sets] int64 tokens of whole sets of `gene_counts` genes: `<start>`, genes, `<end>`."""
+    return np.asarray(gene_counts, np.int64) + 2
+
+
+def prompt_lengths(gene_counts: np.ndarray, prompt_genes: int, prompt_share: float) -> np.ndarray:
+    """Return [sets] int64 tokens of the prompts of sets of `gene_counts` genes: `<start>` and the genes to be shown.
+
+    Args:
+        gene_counts: [sets] genes in each set.
+        prompt_genes: most genes of a prompt.
+        prompt_share: largest share of a set's genes in its prompt, under 1. At least one gene is shown where the set
+            has two, and one is left out.
+    """
+    # As in `cut_positions`: a little slack, for 0.6 * 5 may lie under 3.
+    shown = np.floor(prompt_share * gene_counts + 1e-4)
+    return 1 + np.minimum(np.clip(shown, 1, None), np.minimum(gene_counts - 1, prompt_genes)).astype(np.int64)
 
 
 def plan_rows(lengths: np.ndarray, row_length: int, segments_per_row: int) -> Plan:

@@ -26,6 +26,9 @@ NUM_SPECIAL = 16
 _INIT_SCALE = 0.02
 _NORM_EPSILON = 1e-6
 _ROPE_BASE = 10_000.0
+# Where a decoder starts from given directions, its logits are the cosines times this, beside the bias. Of 3 to 20 this
+# was best (benchmarks/ABLATION.md).
+_COSINE_FACTOR = 10.0
 
 Params = dict
 
@@ -288,6 +291,31 @@ def merge(config: ModelConfig, vocabulary_size: int, row_length: int, params: Pa
 def initial_params(config: ModelConfig, vocabulary_size: int, row_length: int, key: jax.Array) -> Params:
     """Return fresh parameters, a pure function of `key`."""
     return split(Decoder(config, vocabulary_size, row_length, nnx.Rngs(params=key)))
+
+
+def start_from_vectors(params: Params, vectors_VD: jax.Array) -> Params:
+    """Return initial parameters that complete a set by the mean direction of its genes.
+
+    Embeddings take the directions given, at the length they have on average. Queries and keys are near zero at the
+    start, so that attention is even; with values and output of the first block at the identity it adds the mean of the
+    prompt's embeddings to the residual stream, and the tied output finds the genes that point the same way. The scale
+    of the final norm makes their logits differ enough to tell a few genes from tens of thousands.
+
+    Args:
+        params: as made by `initial_params`.
+        vectors_VD: [V, D] unit vectors; a zero vector leaves an id as it is.
+    """
+    embedding_VD = params["embedding"]
+    size, width = vectors_VD.shape
+    known_V1 = jnp.any(vectors_VD != 0, axis=1, keepdims=True)
+    scaled_VD = _INIT_SCALE * width**0.5 * vectors_VD
+    embedding_VD = embedding_VD.at[:size].set(jnp.where(known_V1, scaled_VD, embedding_VD[:size]))
+    first = params["blocks"][0]
+    attention = first["attention"] | {name: {"kernel": jnp.eye(width)} for name in ("value", "output")}
+    blocks = params["blocks"] | {0: first | {"attention": attention}}
+    # A logit is the cosine times the scale times the lengths of both sides, sqrt(D) and scale x sqrt(D).
+    scale = jnp.full(width, _COSINE_FACTOR / (_INIT_SCALE * width))
+    return params | {"embedding": embedding_VD, "blocks": blocks, "final_norm": {"scale": scale}}
 
 
 def abstract_params(config: ModelConfig, vocabulary_size: int, row_length: int) -> Params:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
 from tcc_jax.model.products import contract, sum_of_outer
+
+
+class Beyond(NamedTuple):
+    """The genes of each segment's set that have no place in the row: they are to come at each of its positions.
+
+    Attributes:
+        genes_BMR: int32 ids of all of them or of a random sample, then 0.
+        counts_BM: int32, how many there are in all.
+    """
+
+    genes_BMR: jax.Array
+    counts_BM: jax.Array
 
 
 def remaining_set_loss(
@@ -26,6 +38,7 @@ def remaining_set_loss(
     weights_BC: jax.Array | None = None,
     replaced_BT: jax.Array | None = None,
     tile: int = 0,
+    beyond: Beyond | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy against the uniform distribution over the genes still to come in the segment, <end> when none are.
 
@@ -40,20 +53,26 @@ def remaining_set_loss(
         weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
         replaced_BT: bool, genes of `tokens_BT` that the decoder was not shown: they are to come wherever they stand.
         tile: positions, over all rows, whose logits are held at once; 0 holds them all.
+        beyond: the part of each set that its segment leaves out. A sample stands for all of it, which leaves the loss
+            unbiased: it is linear in the target.
 
     Returns:
         The sum of the losses in nats and the number of scored positions, float32 both. A position without a target
         (padding, <end>, the last gene of a set cut off without <end>) is never scored.
     """
-    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
+    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC, beyond)
     position_BC1 = positions_BC[:, :, None]
     index_T = jnp.arange(tokens_BT.shape[1])
-    same_BCT = jnp.take_along_axis(segments_BT, positions_BC, axis=1)[:, :, None] == segments_BT[:, None, :]
+    segments_BC = jnp.take_along_axis(segments_BT, positions_BC, axis=1)
+    same_BCT = segments_BC[:, :, None] == segments_BT[:, None, :]
     unseen_BCT = index_T > position_BC1
     if replaced_BT is not None:
         unseen_BCT = unseen_BCT | replaced_BT[:, None, :]
     to_come_BCT = same_BCT & unseen_BCT & (tokens_BT >= NUM_SPECIAL)[:, None, :]
     count_BC = jnp.sum(to_come_BCT, axis=-1)
+    if beyond:
+        slots_BC = jnp.maximum(segments_BC - 1, 0)
+        count_BC = count_BC + jnp.take_along_axis(beyond.counts_BM, slots_BC, axis=1)
     # Nothing to come: the next token is <end>, and it is the whole target.
     target_BCT = to_come_BCT | ((count_BC[:, :, None] == 0) & (index_T == position_BC1 + 1))
     # A product with the block mask: unlike differences of running sums along the row it loses no bits, and at
@@ -62,7 +81,7 @@ def remaining_set_loss(
     dtype = jnp.dtype(decoder.config.matmul_dtype)
     count_BC = jnp.maximum(count_BC, 1)
     embedding_BTD = decoder.embedding[tokens_BT]
-    embedding_BCD = _sum_targets(target_BCT.astype(dtype), embedding_BTD) / count_BC[:, :, None]
+    embedding_BCD = _sum_targets(target_BCT.astype(dtype), embedding_BTD)
     # The bias is added to the logits in float32.
     bias_BC = jnp.einsum(
         "BCT,BT->BC",
@@ -70,7 +89,12 @@ def remaining_set_loss(
         decoder.output_bias[tokens_BT],
         precision=jax.lax.Precision.HIGHEST,
     )
-    return _cross_entropy(decoder, h_BCD, embedding_BCD, bias_BC / count_BC, weights_BC, tile)
+    if beyond:
+        beyond_BMD, beyond_BM = _sum_beyond(decoder, beyond)
+        embedding_BCD = embedding_BCD + jnp.take_along_axis(beyond_BMD, slots_BC[:, :, None], axis=1)
+        bias_BC = bias_BC + jnp.take_along_axis(beyond_BM, slots_BC, axis=1)
+    embedding_BCD, bias_BC = embedding_BCD / count_BC[:, :, None], bias_BC / count_BC
+    return _cross_entropy(decoder, h_BCD, embedding_BCD, bias_BC, weights_BC, tile)
 
 
 def next_gene_loss(
@@ -125,10 +149,12 @@ def cut_positions(
     num_cuts: int,
     low: float,
     high: float,
+    set_sizes_BM: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw the positions to score: in each segment, K prefixes of c visible genes.
 
-    c is uniform over the whole numbers with low <= c / genes <= high, or the nearest one where a short set has none.
+    c is uniform over the whole numbers with low <= c / genes <= high, or the nearest one where a short set has none,
+    and at most the genes that the segment holds.
     The K draws of a segment are stratified: the range is cut into K parts and each part gives one.
     All n genes are a prefix only if `high` is 1 and the segment has its <end>, which is then the target.
 
@@ -140,18 +166,23 @@ def cut_positions(
         num_cuts: K, cut points in a segment.
         low: smallest share of a set's genes that is visible, 0 to 1.
         high: largest share.
+        set_sizes_BM: int32, genes in the whole sets, of which the segments hold a part; else the segments are whole.
 
     Returns:
         Columns [B, M, K] int32 and weights [B, M, K] float32: 1, or 0 in unused slots.
     """
+    if set_sizes_BM is None:
+        set_sizes_BM = gene_counts_BM
     last_B = tokens_BT.shape[1] - 1
     after_BM = jnp.minimum(starts_BM + gene_counts_BM + 1, last_B)
     has_end_BM = jnp.take_along_axis(tokens_BT, after_BM, axis=1) == END
-    most_BM = gene_counts_BM - 1 + (has_end_BM if high >= 1 else 0)
+    # Something must be left to find: a gene of the segment, one beyond it, or <end>.
+    more_BM = (set_sizes_BM > gene_counts_BM) | (has_end_BM if high >= 1 else False)
+    most_BM = gene_counts_BM - 1 + more_BM
     # A little slack: in float32, 0.2 * 5 lies above 1.
     slack = 1e-4
-    first_BM = jnp.clip(jnp.ceil(low * gene_counts_BM - slack).astype(jnp.int32), 0, jnp.maximum(most_BM, 0))
-    last_BM = jnp.clip(jnp.floor(high * gene_counts_BM + slack).astype(jnp.int32), first_BM, jnp.maximum(most_BM, 0))
+    first_BM = jnp.clip(jnp.ceil(low * set_sizes_BM - slack).astype(jnp.int32), 0, jnp.maximum(most_BM, 0))
+    last_BM = jnp.clip(jnp.floor(high * set_sizes_BM + slack).astype(jnp.int32), first_BM, jnp.maximum(most_BM, 0))
     uniform_BMK = jax.random.uniform(key, (*starts_BM.shape, num_cuts))
     share_BMK = (jnp.arange(num_cuts) + uniform_BMK) / num_cuts
     width_BM1 = (last_BM - first_BM + 1)[:, :, None]
@@ -162,16 +193,33 @@ def cut_positions(
 
 
 def _scored(
-    h_BTD: jax.Array, segments_BT: jax.Array, positions_BC: jax.Array | None, weights_BC: jax.Array | None
+    h_BTD: jax.Array,
+    segments_BT: jax.Array,
+    positions_BC: jax.Array | None,
+    weights_BC: jax.Array | None,
+    beyond: Beyond | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # A position has a target if the next column continues its segment: that is a gene, or <end>.
+    # A position has a target if the next column continues its segment (that is a gene, or <end>), or genes lie beyond.
     following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
     has_target_BT = (segments_BT > 0) & (following_BT == segments_BT)
+    if beyond:
+        slots_BT = jnp.maximum(segments_BT - 1, 0)
+        has_target_BT |= (segments_BT > 0) & (jnp.take_along_axis(beyond.counts_BM, slots_BT, axis=1) > 0)
     if positions_BC is None or weights_BC is None:
         positions_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
         return positions_BT, has_target_BT.astype(jnp.float32), h_BTD
     weights_BC = weights_BC * jnp.take_along_axis(has_target_BT, positions_BC, axis=1)
     return positions_BC, weights_BC, jnp.take_along_axis(h_BTD, positions_BC[:, :, None], axis=1)
+
+
+def _sum_beyond(decoder: Decoder, beyond: Beyond) -> tuple[jax.Array, jax.Array]:
+    """Return the sums, BMD and BM, of the embeddings and biases of the genes beyond each segment."""
+    known_BMR = beyond.genes_BMR >= NUM_SPECIAL
+    scale_BM = beyond.counts_BM / jnp.maximum(jnp.sum(known_BMR, axis=-1), 1)
+    weights_BMR = known_BMR * scale_BM[:, :, None]
+    operand_VD = decoder.embedding[...].astype(decoder.config.matmul_dtype)
+    embedding_BMD = jnp.einsum("BMR,BMRD->BMD", weights_BMR, operand_VD[beyond.genes_BMR].astype(jnp.float32))
+    return embedding_BMD, jnp.sum(weights_BMR * decoder.output_bias[beyond.genes_BMR], axis=-1)
 
 
 @jax.custom_vjp

@@ -198,11 +198,13 @@ def largest_batch(
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and shardings of a batch, as the loader makes them."""
     training = config.training
-    lengths = {"tokens": training.row_length, "segments": training.row_length}
-    lengths |= {"starts": training.segments_per_row, "gene_counts": training.segments_per_row}
+    row, segments = (training.row_length,), (training.segments_per_row,)
+    shapes: dict[str, tuple[int, ...]] = {"tokens": row, "segments": row, "starts": segments, "gene_counts": segments}
+    if config.objective.prompt_genes:
+        shapes |= {"set_sizes": segments, "targets": (*segments, config.objective.target_genes)}
     return {
-        name: jax.ShapeDtypeStruct((training.batch_rows, length), jnp.int32, sharding=over_rows(mesh))
-        for name, length in lengths.items()
+        name: jax.ShapeDtypeStruct((training.batch_rows, *shape), jnp.int32, sharding=over_rows(mesh))
+        for name, shape in shapes.items()
     }
 
 

@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config, profile_window
-from tcc_jax.corpus.loader import Batch, Loader, make_loader
+from tcc_jax.corpus.loader import Batch, Loader, loader_of_run
+from tcc_jax.corpus.spectral import spectral_vectors
 from tcc_jax.corpus.store import Corpus, Split, open_corpus
 from tcc_jax.model.decoder import count_parameters
 from tcc_jax.storage import as_path
@@ -187,7 +188,11 @@ class Run:
             return restore_state(self.directory.path, self.first, abstract)
         num_sets = len(self.corpus.indices("train"))
         bias_V = frequency_bias(vocabulary.counts, num_sets) if config.objective.frequency_bias else None
-        state = create_state(config, vocabulary.size, bias_V, self.mesh)
+        vectors_VD = spectral_vectors(self.corpus, config.model.width) if config.objective.spectral_start else None
+        if vectors_VD is not None and jax.process_count() > 1:
+            # The last bits depend on the number of cores: all take those of one host.
+            vectors_VD = np.asarray(multihost_utils.broadcast_one_to_all(vectors_VD))
+        state = create_state(config, vocabulary.size, bias_V, self.mesh, vectors_VD)
         return _with_weights_of(config, self.corpus, state) if config.checkpoint.init_from else state
 
     def _run_steps(self, state: TrainState) -> None:
@@ -393,16 +398,4 @@ def _heard(stop: Stop | None) -> Iterator[Stop]:
 
 def _loader(config: Config, corpus: Corpus, mesh: Mesh, split: Split, start_step: int) -> Loader:
     num_parts, part = rows_here(mesh, config.training.batch_rows)
-    return make_loader(
-        corpus,
-        split,
-        row_length=config.training.row_length,
-        batch_rows=config.training.batch_rows,
-        segments_per_row=config.training.segments_per_row,
-        seed=config.run.seed,
-        gene_order=config.data.gene_order,
-        start_step=start_step,
-        num_hosts=num_parts,
-        host=part,
-        library_weights=config.data.library_weights if split == "train" else {},
-    )
+    return loader_of_run(config, corpus, split, start_step=start_step, num_hosts=num_parts, host=part)

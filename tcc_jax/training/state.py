@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config
-from tcc_jax.model.decoder import END, Params, initial_params, proposable_ids
+from tcc_jax.model.decoder import END, Params, initial_params, proposable_ids, start_from_vectors
 from tcc_jax.training.optimizer import make_optimizer
 from tcc_jax.training.sharding import place_state, replicated
 
@@ -41,7 +41,9 @@ class TrainState(NamedTuple):
         return self.average or self.params
 
 
-def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None, mesh: Mesh) -> TrainState:
+def create_state(
+    config: Config, vocabulary_size: int, bias_V: np.ndarray | None, mesh: Mesh, vectors_VD: np.ndarray | None = None
+) -> TrainState:
     """Return the state at step 0; every array is born on its devices.
 
     Args:
@@ -49,15 +51,18 @@ def create_state(config: Config, vocabulary_size: int, bias_V: np.ndarray | None
         vocabulary_size: V, ids in the vocabulary.
         bias_V: [V] float32, the output bias to start from; None starts it at zero.
         mesh: the devices.
+        vectors_VD: [V, D] float32, directions the embedding starts from (`corpus.spectral.spectral_vectors`); a zero
+            vector leaves an id at its random start, and None leaves all.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, vocabulary_size, mesh))
-    make = jax.jit(lambda bias_V: _initial(config, vocabulary_size, bias_V), out_shardings=shardings)
-    return make(None if bias_V is None else jax.device_put(bias_V, replicated(mesh)))
+    make = jax.jit(lambda *arrays: _initial(config, vocabulary_size, *arrays), out_shardings=shardings)
+    arrays = (None if array is None else jax.device_put(array, replicated(mesh)) for array in (bias_V, vectors_VD))
+    return make(*arrays)
 
 
 def abstract_state(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
     """Return the state's shapes, types and shardings (`jax.ShapeDtypeStruct`), without making any array."""
-    return place_state(jax.eval_shape(lambda: _initial(config, vocabulary_size, None)), mesh)
+    return place_state(jax.eval_shape(lambda: _initial(config, vocabulary_size)), mesh)
 
 
 def frequency_bias(counts_V: np.ndarray, num_sets: int) -> np.ndarray:
@@ -80,11 +85,15 @@ def frequency_bias(counts_V: np.ndarray, num_sets: int) -> np.ndarray:
     return np.log(np.where(proposable_V, smoothed_V / smoothed_V.sum(), 1)).astype(np.float32)
 
 
-def _initial(config: Config, vocabulary_size: int, bias_V: jax.Array | None) -> TrainState:
+def _initial(
+    config: Config, vocabulary_size: int, bias_V: jax.Array | None = None, vectors_VD: jax.Array | None = None
+) -> TrainState:
     key = jax.random.key(config.run.seed)
     params = initial_params(config.model, vocabulary_size, config.training.row_length, key)
     if bias_V is not None:
         params["output_bias"] = params["output_bias"].at[:vocabulary_size].set(bias_V)
+    if vectors_VD is not None:
+        params = start_from_vectors(params, vectors_VD)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}

@@ -14,7 +14,7 @@ from tcc_jax.config import Config
 from tcc_jax.model.attention import segment_offsets
 from tcc_jax.model.decoder import Execution, Params, merge, padded_vocabulary_size
 from tcc_jax.model.kernels import choose_backend, make_attend
-from tcc_jax.model.objective import LOSSES, cut_positions, with_false_genes
+from tcc_jax.model.objective import LOSSES, Beyond, cut_positions, remaining_set_loss, with_false_genes
 from tcc_jax.training.optimizer import learning_rate, make_optimizer
 from tcc_jax.training.sharding import over_rows, replicated, spread_heads
 from tcc_jax.training.state import TrainState, abstract_state
@@ -33,7 +33,7 @@ _LOGITS_AT_ONCE_ELSEWHERE = 2**30
 def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     """Return the jitted `train_step(state, batch) -> (state, metrics)`; it reuses the memory of the state it is given.
 
-    A batch has `tokens` and `segments` [B, T] and `starts` and `gene_counts` [B, M], int32, its rows spread over the
+    A batch is one of `tcc_jax.corpus.loader.BatchSource`, its rows spread over the
     mesh. Metrics are scalars over the global batch: `loss_sum` (nats), `scored` (positions), `gradient_norm` (before
     clipping), `learning_rate`, `tokens` (useful ones), `keys` (that they attend to, in all), `sets`, `skipped` (1 if
     the loss or gradient was not finite: the parameters and the optimizer's state then stay as they were) and
@@ -160,11 +160,14 @@ def _make_loss(config: Config, vocabulary_size: int, mesh: Mesh, *, training: bo
         h_BTD = decoder(shown_BT, segments_BT, dropout_key if training else None, execution)
         positions_BC = weights_BC = None
         if objective.cut_points:
-            cuts = (objective.cut_points, objective.cut_low, objective.cut_high)
+            cuts = (objective.cut_points, objective.cut_low, objective.cut_high, batch.get("set_sizes"))
             drawn = cut_positions(cut_key, tokens_BT, batch["starts"], batch["gene_counts"], *cuts)
             positions_BC, weights_BC = (array_BMK.reshape(len(tokens_BT), -1) for array_BMK in drawn)
-        loss = LOSSES[objective.kind]
-        return loss(decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, replaced_BT, tile)
+        scored = (decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, replaced_BT, tile)
+        if objective.prompt_genes:
+            beyond = Beyond(batch["targets"], batch["set_sizes"] - batch["gene_counts"])
+            return remaining_set_loss(*scored, beyond)
+        return LOSSES[objective.kind](*scored)
 
     return loss_of
 

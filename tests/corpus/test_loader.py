@@ -277,3 +277,59 @@ def test_errors_of_library_weights():
         make_loader(corpus, "train", **SETTINGS, library_weights={"offen": 2.0})
     with pytest.raises(UserError, match="every library with train sets in numbered has weight 0"):
         make_loader(corpus, "train", **SETTINGS, library_weights=dict.fromkeys(MIXED, 0.0))
+
+
+PROMPTS = dict(prompt_genes=9, prompt_share=0.5, target_genes=12)
+
+
+def prompts_of(batch):
+    """Yield, for each segment, its genes, the targets beyond it and the size of its set."""
+    for row, slot in np.argwhere(batch["set_sizes"] > 0):
+        start, count = batch["starts"][row, slot], batch["gene_counts"][row, slot]
+        targets = batch["targets"][row, slot]
+        prompt = batch["tokens"][row, start + 1 : start + 1 + count]
+        yield tuple(prompt.tolist()), targets[targets > 0].tolist(), int(batch["set_sizes"][row, slot])
+
+
+def test_a_prompt_and_the_targets_beyond_it_are_a_fresh_part_of_one_set():
+    corpus = numbered_corpus({"made": [2 + i % 45 for i in range(90)]})
+    rows = BatchSource(corpus, "train", **SETTINGS, **PROMPTS).plan.num_rows
+    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": rows}, **PROMPTS)
+    seen = []
+    for epoch in (0, 1):
+        batch = source[epoch]
+        assert END not in batch["tokens"]
+        assert len(list(segments_of(batch))) == 90
+        prompts = list(prompts_of(batch))
+        assert sorted(size for _, _, size in prompts) == sorted(corpus.lengths.tolist())
+        for prompt, targets, size in prompts:
+            genes = np.array([*prompt, *targets])
+            owners = np.searchsorted(corpus.offsets, genes - NUM_SPECIAL, side="right")
+            assert len(set(owners)) == 1 and len(set(genes)) == len(genes)
+            assert corpus.lengths[owners[0] - 1] == size
+            assert len(prompt) == min(max(1, size // 2), 9)
+            assert len(targets) == min(12, size - len(prompt))
+        seen.append({prompt for prompt, _, size in prompts if size > 10})
+    assert seen[0].isdisjoint(seen[1])
+
+
+def test_targets_are_any_genes_of_the_set_alike():
+    # Each of 30 genes is a target with probability 12 / 30: a chi-square over many epochs.
+    corpus = numbered_corpus({"made": [30]})
+    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1}, **PROMPTS)
+    epochs = 3000
+    targets = np.concatenate([source[epoch]["targets"][0, 0] for epoch in range(epochs)])
+    counts = np.bincount(targets - NUM_SPECIAL, minlength=30)
+    assert counts.sum() == 12 * epochs
+    # The counts of a draw without replacement vary by (1 - 12 / 30) of those with.
+    statistic = ((counts - counts.mean()) ** 2).sum() / counts.mean() / (1 - 12 / 30) * (29 / 30)
+    assert statistic < 66, "chi-square with 29 degrees of freedom, p = 1e-4"
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_prompts_are_the_same_on_any_number_of_hosts(corpus, num_hosts):
+    one = BatchSource(corpus, "train", **SETTINGS, **PROMPTS)
+    hosts = [BatchSource(corpus, "train", **SETTINGS, **PROMPTS, num_hosts=num_hosts, host=h) for h in range(num_hosts)]
+    for step in (0, 7, 60):
+        for name, array in one[step].items():
+            np.testing.assert_array_equal(np.concatenate([host[step][name] for host in hosts]), array)

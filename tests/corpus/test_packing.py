@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from tcc_jax.corpus.packing import plan_rows, segment_lengths
+from tcc_jax.corpus.packing import plan_rows, prompt_lengths, segment_lengths
 
 
 def realistic_lengths(count, row_length, seed=0):
     genes = np.exp(np.random.default_rng(seed).normal(4.0, 1.3, count)).astype(int).clip(5, 5000)
-    return segment_lengths(genes, row_length)
+    return np.minimum(segment_lengths(genes), row_length)
 
 
 @pytest.mark.parametrize(("row_length", "most"), [(64, 4), (256, 8), (1024, 64)])
@@ -46,8 +46,15 @@ def test_many_short_segments_do_not_leave_rows_half_empty():
 
 
 def test_small_cases():
-    assert segment_lengths(np.array([1, 6, 7, 100]), 8).tolist() == [3, 8, 8, 8]
+    assert segment_lengths(np.array([1, 6, 7, 100])).tolist() == [3, 8, 9, 102]
     plan = plan_rows(np.array([8, 3, 5]), 8, 2)
     assert plan.num_rows == 2
     assert plan.fullness == 1.0
     assert plan_rows(np.array([2, 2, 2]), 8, 1).num_rows == 3
+
+
+def test_a_prompt_is_a_share_of_its_set_up_to_a_number_of_genes():
+    genes = np.array([1, 2, 5, 10, 11, 53, 54, 1000])
+    # 0.6 of 5 is 3; a set of two shows one; 32 is the most.
+    assert (prompt_lengths(genes, 32, 0.6) - 1).tolist() == [0, 1, 3, 6, 6, 31, 32, 32]
+    assert (prompt_lengths(genes, 32, 0.05) - 1).tolist() == [0, 1, 1, 1, 1, 2, 2, 32]

@@ -9,7 +9,15 @@ import pytest
 
 from tcc_jax.config import ModelConfig
 from tcc_jax.model.attention import attend, segment_offsets
-from tcc_jax.model.decoder import abstract_params, count_parameters, initial_params, merge, padded_vocabulary_size
+from tcc_jax.model.decoder import (
+    NUM_SPECIAL,
+    abstract_params,
+    count_parameters,
+    initial_params,
+    merge,
+    padded_vocabulary_size,
+    start_from_vectors,
+)
 from tcc_jax.model.objective import remaining_set_loss
 from tests.model.rows import pack, random_rows
 
@@ -163,3 +171,26 @@ def test_initialisation_and_parameter_count():
     assert float(block["attention"]["query"]["kernel"].std()) == pytest.approx(0.02, rel=0.05)
     for branch in (block["attention"]["output"], block["feed_forward"]["contract"]):
         assert float(branch["kernel"].std()) == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+# Learned positions add random vectors as long as the embeddings.
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_started_from_vectors_it_finds_the_genes_in_the_direction_of_the_prompt(position):
+    config = ModelConfig(num_layers=2, width=32, num_heads=2, position=position, matmul_dtype="float32")
+    vectors_VD = np.random.default_rng(0).normal(size=(SIZE, 32)).astype(np.float32)
+    vectors_VD /= np.linalg.norm(vectors_VD, axis=1, keepdims=True)
+    # Special ids, and a gene that no training set holds, keep their random start.
+    vectors_VD[:NUM_SPECIAL] = vectors_VD[20] = 0
+    random = initial_params(config, SIZE, LENGTH, jax.random.key(0))
+    params = start_from_vectors(random, jnp.asarray(vectors_VD))
+    assert jax.tree.structure(params) == jax.tree.structure(random)
+    unknown = [*range(NUM_SPECIAL), 20]
+    np.testing.assert_array_equal(params["embedding"][jnp.array(unknown)], random["embedding"][jnp.array(unknown)])
+    genes = [25, 26, 27, 28]
+    batch = pack([[genes]], LENGTH, 1)
+    decoder = merge(config, SIZE, LENGTH, params)
+    logits_V = decoder.logits(decoder(batch["tokens"], batch["segments"])[0, len(genes)])[NUM_SPECIAL:SIZE]
+    cosines_V = (vectors_VD @ vectors_VD[genes].mean(0))[NUM_SPECIAL:]
+    assert np.corrcoef(logits_V, cosines_V)[0, 1] > 0.8
+    # Spread like cosines times ten, so that a few genes can outweigh all others.
+    assert 5 < float(logits_V.max()) < 11

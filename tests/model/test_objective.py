@@ -9,7 +9,7 @@ from tcc_jax.config import ModelConfig
 from tcc_jax.corpus import vocabulary
 from tcc_jax.model import decoder as decoder_module
 from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids
-from tcc_jax.model.objective import LOSSES, cut_positions, with_false_genes
+from tcc_jax.model.objective import LOSSES, Beyond, cut_positions, remaining_set_loss, with_false_genes
 from tests.model.rows import pack, random_rows
 
 SIZE, LENGTH, WIDTH, SLOTS = 50, 23, 16, 6
@@ -211,3 +211,104 @@ def test_cut_points_lie_where_they_should():
 def test_the_model_knows_the_special_ids_of_the_vocabulary():
     for name in ("PAD", "START", "END", "NUM_SPECIAL"):
         assert getattr(decoder_module, name) == getattr(vocabulary, name)
+
+
+def prompts_case(seed=5, slots=4, targets=3):
+    """Return a batch of prompts, the genes beyond each of them [B][M], and the sample of them that is given."""
+    random = np.random.default_rng(seed)
+    rows, beyond = [], []
+    for _ in range(4):
+        prompts, others = [], []
+        for _ in range(slots - 1):
+            genes = random.permutation(np.arange(NUM_SPECIAL, SIZE))
+            shown, left = int(random.integers(1, 5)), int(random.integers(1, 8))
+            prompts.append(tuple(genes[:shown].tolist()))
+            others.append(genes[shown : shown + left])
+        rows.append(prompts)
+        beyond.append(others)
+    batch = pack(rows, LENGTH, slots)
+    sample = np.zeros((4, slots, targets), np.int32)
+    counts = np.zeros((4, slots), np.int32)
+    for row, others in enumerate(beyond):
+        for slot, genes in enumerate(others):
+            sample[row, slot, : len(genes)] = genes[:targets]
+            counts[row, slot] = len(genes)
+    return batch, beyond, Beyond(sample, counts)
+
+
+def prompt_cuts(batch, beyond, high=0.9):
+    sizes = batch["gene_counts"] + beyond.counts_BM
+    drawn = cut_positions(
+        jax.random.key(0), batch["tokens"], batch["starts"], batch["gene_counts"], 3, 0.0, high, sizes
+    )
+    return [np.asarray(array).reshape(len(batch["tokens"]), -1) for array in drawn]
+
+
+def prompt_loss(params, h_BTD, batch, beyond, scored):
+    decoder = merge(MODEL, SIZE, LENGTH, params)
+    return remaining_set_loss(decoder, h_BTD, batch["tokens"], batch["segments"], *scored, beyond=beyond)
+
+
+def test_genes_beyond_the_row_are_targets_like_those_in_it(case):
+    params, h_BTD, _ = case
+    batch, others, beyond = prompts_case()
+    scored = prompt_cuts(batch, beyond)
+    targets = np.zeros((4, LENGTH, 128))
+    for row, (positions, weights) in enumerate(zip(*scored, strict=True)):
+        for position, weight in zip(positions, weights, strict=True):
+            if not weight:
+                continue
+            slot = batch["segments"][row, position] - 1
+            start, shown = batch["starts"][row, slot], batch["gene_counts"][row, slot]
+            after = batch["tokens"][row, position + 1 : start + shown + 1]
+            sample = beyond.genes_BMR[row, slot]
+            sample, left = sample[sample > 0], len(others[row][slot])
+            remaining = len(after) + left
+            targets[row, position, after] += 1 / remaining
+            targets[row, position, sample] += left / len(sample) / remaining
+    arrays = [np.asarray(array, np.float64) for array in (params["embedding"], params["output_bias"], h_BTD)]
+    expected, count = reference_loss(*arrays, targets)
+    value_and_gradient = jax.jit(jax.value_and_grad(prompt_loss, argnums=(0, 1), has_aux=True))
+    (total, scored_count), (by_params, by_h) = value_and_gradient(params, h_BTD, batch, beyond, scored)
+    assert scored_count == round(count) == 4 * 3 * 3
+    np.testing.assert_allclose(total, expected, rtol=2e-6)
+    with jax.enable_x64(True):
+        expected_gradients = jax.grad(dense_loss, argnums=(0, 1, 2))(*map(jnp.asarray, arrays), jnp.asarray(targets))
+    for gradient, wanted in zip(
+        (by_params["embedding"], by_params["output_bias"], by_h), expected_gradients, strict=True
+    ):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_a_sample_of_the_genes_beyond_leaves_the_loss_unbiased(case):
+    params, h_BTD, _ = case
+    batch, others, beyond = prompts_case(targets=7)
+    assert 1 < max(len(genes) for row in others for genes in row) <= 7
+    scored = prompt_cuts(batch, beyond)
+    loss = jax.jit(prompt_loss)
+    whole = loss(params, h_BTD, batch, beyond, scored)[0]
+    # Every gene of each set stands for the others in turn: the mean over these samples of one is over all of them.
+    turns = []
+    for turn in range(np.lcm.reduce([len(genes) for row in others for genes in row])):
+        one = np.zeros((4, 4, 1), np.int32)
+        for row, slots in enumerate(others):
+            for slot, genes in enumerate(slots):
+                one[row, slot] = genes[turn % len(genes)]
+        turns.append(one)
+    losses = [loss(params, h_BTD, batch, Beyond(one, beyond.counts_BM), scored)[0] for one in turns]
+    np.testing.assert_allclose(np.mean(losses), whole, rtol=1e-6)
+    assert np.std(losses) > 0.01
+
+
+def test_cut_points_of_prompts_are_shares_of_the_whole_set():
+    # A set of 20 genes shows 6: between 0.1 and 0.9 of it lie 2 to 18, of which the prompt allows 2 to 6.
+    batch = pack([[tuple(range(20, 26))]], LENGTH, 2)
+    sizes = np.array([[20, 0]])
+    seen = set()
+    for seed in range(200):
+        positions, weights = cut_positions(
+            jax.random.key(seed), batch["tokens"], batch["starts"], batch["gene_counts"], 2, 0.1, 0.9, sizes
+        )
+        assert weights.tolist() == [[[1, 1], [0, 0]]]
+        seen |= set(np.asarray(positions)[0, 0].tolist())
+    assert seen == {2, 3, 4, 5, 6}

@@ -294,3 +294,27 @@ def test_the_rows_of_a_process_are_one_block_whatever_the_topology(monkeypatch):
 def test_all_devices_are_taken_unless_told_otherwise():
     assert dict(make_mesh(small_config(mesh={"data": -1, "tensor": 2})).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     assert rows_here(small_mesh(2, 2, 2), 8) == (1, 0)
+
+
+def prompt_batch(seed):
+    """Return a packed batch of prompts with four targets beyond each."""
+    random = np.random.default_rng(seed)
+    batch = pack([[tuple(s) for s in row] for row in random_rows(seed, 8, 32, SIZE)], 32, 6)
+    used = batch["gene_counts"] > 0
+    batch["set_sizes"] = batch["gene_counts"] + used * random.integers(4, 9, used.shape).astype(np.int32)
+    batch["targets"] = random.integers(NUM_SPECIAL, SIZE, (*used.shape, 4)).astype(np.int32) * used[:, :, None]
+    return batch
+
+
+def test_prompts_train_alike_on_eight_devices():
+    objective = {"prompt_genes": 7, "cut_high": 0.6, "target_genes": 4}
+    runs = []
+    for mesh in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        config = eight_heads(mesh=mesh, objective=objective)
+        mesh, metrics = make_mesh(config), []
+        state, train_step = create_state(config, SIZE, None, mesh), make_train_step(config, SIZE, mesh)
+        for step in range(3):
+            state, values = train_step(state, shard_batch(prompt_batch(step), mesh))
+            metrics.append(jax.device_get(values))
+        runs.append((state, metrics))
+    assert_same_numbers(*runs)
