@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from tcc_jax.files import cache_folder
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, log, parse_arguments, progress, run_command
 
@@ -224,12 +225,10 @@ def _corpus(options: Options, model: Model) -> Corpus | None:
 
 
 def _mixture(options: Options, model: Model, corpus: Corpus) -> Mixture:
-    from tcc_jax.completion.baselines import tuned_neighbours
-    from tcc_jax.completion.cache import default_folder
-    from tcc_jax.completion.ease import Ease
+    from tcc_jax.completion.baselines import Ease, tuned_neighbours
     from tcc_jax.completion.mixture import tuned_mixture
 
-    folder = default_folder()
+    folder = cache_folder()
     mixture = tuned_mixture(model, Ease(corpus, folder), tuned_neighbours(corpus, folder), corpus, folder)
     log(mixture.describe())
     return mixture

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tcc_jax.completion.cache import Arrays, cached
+from tcc_jax.completion.fitting import Arrays, cached
 from tcc_jax.completion.ranker import power_of_two
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress

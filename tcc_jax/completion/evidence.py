@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
 
+from tcc_jax.completion.sets import training_sets
 from tcc_jax.corpus.store import Corpus
 
 
@@ -39,15 +39,10 @@ class Evidence:
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
         self._train = corpus.indices("train")
-        in_train = np.zeros(corpus.num_sets, bool)
-        in_train[self._train] = True
-        genes = corpus.tokens[np.repeat(in_train, corpus.lengths)]
-        self._lengths = corpus.lengths[self._train]
-        offsets = np.concatenate([[0], np.cumsum(self._lengths)])
-        shape = (len(self._train), corpus.vocabulary.size)
+        train = training_sets(corpus)
+        self._lengths = train.lengths
         # One byte a member: only where they are matters.
-        by_set = scipy.sparse.csr_array((np.ones(len(genes), np.int8), genes.astype(np.int32), offsets), shape=shape)
-        by_gene = by_set.tocsc()
+        by_gene = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.int8)).tocsc()
         self._sets, self._starts = by_gene.indices, by_gene.indptr
 
     def __call__(self, visible: np.ndarray, proposed: np.ndarray, at_most: int = 3) -> list[list[Neighbour]]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from tcc_jax.completion import baselines
-from tcc_jax.completion.cache import default_folder
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.ranker import Scorer
 from tcc_jax.corpus.store import Corpus
+from tcc_jax.files import cache_folder
 from tcc_jax.terminal import log
 
 
@@ -73,7 +73,7 @@ def build_methods(model: Model, corpus: Corpus | None, missing: str, settings: S
         names = ("set-kNN", "EASE", "auto-encoder", *(("mixture",) if settings.mixture else ()))
         found.left_out = dict.fromkeys(names, missing)
         return found
-    folder = Path(settings.cache or default_folder())
+    folder = Path(settings.cache or cache_folder())
     if settings.knn is None:
         neighbours, how = baselines.tuned_neighbours(corpus, folder), "tuned on the validation split"
     else:
@@ -86,9 +86,7 @@ def build_methods(model: Model, corpus: Corpus | None, missing: str, settings: S
         found.left_out = dict.fromkeys(("EASE", "auto-encoder"), "run with --baselines all")
         if not settings.mixture:
             return found
-    from tcc_jax.completion.ease import Ease
-
-    ease = Ease(corpus, folder, settings.ease_genes, settings.ease_penalty)
+    ease = baselines.Ease(corpus, folder, settings.ease_genes, settings.ease_penalty)
     found.note(
         f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows scaled by "
         f"1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"

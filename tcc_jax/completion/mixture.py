@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tcc_jax.completion.baselines import SetNeighbours
-from tcc_jax.completion.cache import Arrays, cached
-from tcc_jax.completion.ease import Ease
+from tcc_jax.completion.baselines import Ease, SetNeighbours
+from tcc_jax.completion.fitting import Arrays, cached, mean_recall, validation_masks
 from tcc_jax.completion.model import Model, batched
 from tcc_jax.completion.protocol import genes_of
 from tcc_jax.completion.ranker import Scorer
-from tcc_jax.completion.tuning import mean_recall, validation_masks
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,6 +13,7 @@ from typing import IO, Any, Literal
 from tcc_jax.completion.evidence import Neighbour
 from tcc_jax.completion.queries import Completion, note
 from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.files import atomic_file
 from tcc_jax.terminal import table
 
 FORMAT_VERSION = 1
@@ -52,18 +51,8 @@ def open_output(path: str | Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         return
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def _table(completions: Iterable[Completion]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt
-from tcc_jax.corpus.similarity import Sets, nearest
+from tcc_jax.corpus.similarity import Sets, join_sets, nearest
 from tcc_jax.corpus.store import SPLITS, Corpus, Split
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
@@ -134,10 +134,8 @@ def choose_sets(sets: list[KnownSet], limit: int | None, seed: int) -> list[Know
 
 def training_sets(corpus: Corpus) -> Sets:
     """Return the training sets of a corpus as int32 ids, in memory: 4 bytes a mention."""
-    lengths = corpus.lengths
-    chosen = corpus.splits == SPLITS.index("train")
-    offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
-    return Sets(corpus.tokens[np.repeat(chosen, lengths)].astype(np.int32), offsets)
+    train = Sets(corpus.tokens, corpus.offsets).select(corpus.splits == SPLITS.index("train"))
+    return Sets(train.tokens.astype(np.int32), train.offsets)
 
 
 def best_training_jaccard(
@@ -152,9 +150,7 @@ def best_training_jaccard(
     """
     size = corpus.vocabulary.size
     # Genes that no training set can hold get numbers past the vocabulary.
-    tokens = [np.concatenate([one.ids, size + np.arange(one.outside)]).astype(np.int32) for one in sets]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(np.int64)
-    queries = Sets(np.concatenate([*tokens, np.empty(0, np.int32)]), offsets)
+    queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
     num_genes = size + max((one.outside for one in sets), default=0)
     return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
 
