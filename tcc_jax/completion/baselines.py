@@ -5,6 +5,7 @@ Each is a `ranker.Scorer`, so that it runs over the same masks and metrics as th
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from tcc_jax.completion.fitting import Arrays, cached, mean_recall, validation_masks
-from tcc_jax.completion.ranker import Scorer
+from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
+from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.completion.sets import training_sets
 from tcc_jax.corpus.similarity import Sets, join_sets
 from tcc_jax.corpus.store import Corpus
@@ -68,41 +69,22 @@ class SetNeighbours:
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`."""
-        return self.scores(visible, (self.neighbours,), self.power)[0]
+        batches = batched(visible, _QUERIES_AT_ONCE)
+        return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
 
-    def scores(self, visible: Sequence[np.ndarray], neighbours: Sequence[int], power: float) -> list[np.ndarray]:
-        """Score [n, V] float32 for each of several ascending numbers of neighbours, whose votes are shared."""
-        parts = [
-            self._scores(visible[start : start + _QUERIES_AT_ONCE], neighbours, power)
-            for start in range(0, len(visible), _QUERIES_AT_ONCE)
-        ]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-    def _scores(self, visible: Sequence[np.ndarray], neighbours: Sequence[int], power: float) -> list[np.ndarray]:
+    def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
+        """Return the [n, training sets] similarities to the sets that share a gene."""
         similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
         similarities.sort_indices()
-        total = np.zeros((len(visible), len(self._idf_V)), np.float32)
-        scores, fewer = [], 0
-        for count in neighbours:
-            total = total + self._votes(similarities, fewer, count, power)
-            scores.append(total)
-            fewer = count
-        return scores
+        return similarities
 
-    def _unit_rows(self, sets: Sets) -> scipy.sparse.csr_array:
-        weights = self._idf_V[sets.tokens]
-        norms = np.sqrt(sets.sum(weights.astype(np.float64) ** 2))
-        weights /= np.repeat(np.maximum(norms, 1e-9), sets.lengths).astype(np.float32)
-        return sets.matrix(len(self._idf_V), weights)
-
-    def _votes(self, similarities: scipy.sparse.csr_array, first: int, last: int, power: float) -> np.ndarray:
+    def votes(self, similarities: scipy.sparse.csr_array, neighbours: int, power: float) -> np.ndarray:
+        """Return the [n, V] float32 sums of `similarities` to a power, over the nearest sets that hold each gene."""
         nearest, offsets = [], [0]
-        for start, stop in zip(similarities.indptr[:-1], similarities.indptr[1:], strict=True):
+        for start, stop in itertools.pairwise(similarities.indptr):
             row = np.arange(start, stop)
-            if first or len(row) > last:
-                cuts = [cut for cut in (first, last) if cut < len(row)]
-                order = np.argpartition(-similarities.data[start:stop], cuts) if cuts else np.arange(len(row))
-                row = np.sort(row[order[first:last]])
+            if len(row) > neighbours:
+                row = np.sort(row[np.argpartition(-similarities.data[start:stop], neighbours)[:neighbours]])
             nearest.append(row)
             offsets.append(offsets[-1] + len(row))
         kept = np.concatenate(nearest)
@@ -110,6 +92,12 @@ class SetNeighbours:
             (similarities.data[kept] ** power, similarities.indices[kept], offsets), shape=similarities.shape
         )
         return (votes @ self._members).toarray()
+
+    def _unit_rows(self, sets: Sets) -> scipy.sparse.csr_array:
+        weights = self._idf_V[sets.tokens]
+        norms = np.sqrt(sets.sum(weights.astype(np.float64) ** 2))
+        weights /= np.repeat(np.maximum(norms, 1e-9), sets.lengths).astype(np.float32)
+        return sets.matrix(len(self._idf_V), weights)
 
 
 def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
@@ -130,14 +118,16 @@ def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
 
 def _tune(scorer: SetNeighbours, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
-    best = (-1.0, scorer.neighbours, scorer.power)
-    with progress("tuning set-kNN on the validation sets", len(POWERS) * len(masked)) as advance:
-        for power in POWERS if masked else ():
-            # The votes of few neighbours are a part of those of many.
-            scores = scorer.scores([one.visible for one in masked], NEIGHBOURS, power)
-            for count, scores_BV in zip(NEIGHBOURS, scores, strict=True):
-                best = max(best, (mean_recall(scores_BV, masked), count, power))
-            advance(len(masked))
+    pairs = list(itertools.product(NEIGHBOURS, POWERS))
+    recalls: list[list[np.ndarray]] = [[] for _ in pairs]
+    with progress("tuning set-kNN on the validation sets", len(masked)) as advance:
+        for batch in batched(masked, _QUERIES_AT_ONCE):
+            similarities = scorer.similarities([one.visible for one in batch])
+            for pair, found in zip(pairs, recalls, strict=True):
+                found.append(recall_of_each(scorer.votes(similarities, *pair), batch))
+            advance(len(batch))
+    settings = ((float(np.mean(np.concatenate(found))), *pair) for pair, found in zip(pairs, recalls, strict=True))
+    best = max(settings) if masked else (-1.0, scorer.neighbours, scorer.power)
     return {"recall": np.array(best[0]), "neighbours": np.array(best[1]), "power": np.array(best[2])}
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tcc_jax.completion.fitting import cached, mean_recall, validation_masks
+from tcc_jax.completion.fitting import cached, recall_of_each, validation_masks
 from tcc_jax.completion.protocol import genes_of
 from tcc_jax.files import cache_folder
 from tests.completion.tiny import make_corpus
@@ -53,7 +53,7 @@ def test_validation_sets_are_always_the_same_ones(tmp_path):
         assert one.name in [corpus.names[index] for index in corpus.indices("validation")]
 
 
-def test_mean_recall_equals_a_full_sort_with_ties(tmp_path):
+def test_recall_equals_a_full_sort_with_ties(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", num_sets=300)
     masked = validation_masks(corpus, 1000)
     scores_BV = np.random.default_rng(0).integers(0, 4, (len(masked), corpus.vocabulary.size)).astype(np.float32)
@@ -63,7 +63,7 @@ def test_mean_recall_equals_a_full_sort_with_ties(tmp_path):
         order = sorted(set(genes.tolist()) - set(one.visible.tolist()), key=lambda id_: (-scores_V[id_], id_))
         drawn = set(order[: len(one.hidden)])
         recalls.append(len(drawn & set(one.hidden.tolist())) / len(one.hidden))
-    np.testing.assert_allclose(mean_recall(scores_BV, masked), np.mean(recalls))
+    np.testing.assert_allclose(recall_of_each(scores_BV, masked), recalls)
 
 
 def test_the_cache_follows_xdg(monkeypatch, tmp_path):
