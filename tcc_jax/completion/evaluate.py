@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from tcc_jax.completion import baselines
-from tcc_jax.completion.autoencoder import BATCH, Autoencoder
+from tcc_jax.completion.autoencoder import Autoencoder
 from tcc_jax.completion.evaluation import Outcome, run_method
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import Model, load
@@ -196,11 +196,10 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
     )
     if options.baselines == "all":
         found.scorers["EASE"] = ease
-        found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps, options.seed)
-        epochs = options.autoencoder_steps * BATCH / max(1, len(corpus.indices("train")))
+        scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps, options.seed)
         found.note(
-            f"auto-encoder: the configuration of GSFM (multi-hot, 512-256-256, BCE), {options.autoencoder_steps:,} "
-            f"steps ({epochs:.2g} passes over the training sets; GSFM made 50)"
+            f"auto-encoder: the configuration of GSFM (multi-hot, 512-256-256, BCE), started from principal "
+            f"components, {scorer.steps:,} steps ({scorer.passes:.2g} passes over the training sets; GSFM made 50)"
         )
     if options.mixture:
         mixture = found.scorers["mixture"] = tuned_mixture(model, ease, neighbours, corpus, folder)

@@ -56,8 +56,8 @@ class EvaluateOptions:
     """Most frequent genes that EASE is fitted on; fitting takes about 12 bytes x genes^2 of memory."""
     ease_penalty: float = 20.0
     """EASE's lambda."""
-    autoencoder_steps: int = 2000
-    """Steps the auto-encoder is trained for, 128 sets each."""
+    autoencoder_steps: int | None = None
+    """Steps the auto-encoder is trained for, 512 sets each; 1,200, but at most 50 passes over the sets, unless set."""
     sweep: bool = False
     """Also show 5, 10, 20, 50 and 80 % of each set (default protocol, first seed)."""
     noise: bool = False
