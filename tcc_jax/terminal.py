@@ -89,7 +89,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
             raise
         # tyro draws a box, or rules, around several lines under a title; an error here is one line.
         drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]
-        words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭") and line.strip("─- "))
+        words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
+        words = re.sub("^.*?-{8,} +|-{8,} *", "", words)
         raise UserError(words or "wrong arguments; see --help") from None
 
 

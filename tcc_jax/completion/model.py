@@ -113,7 +113,7 @@ class Model:
         skip_unknown: bool = False,
         *,
         permutations: int = 1,
-        background: Symbols | None = None,
+        background: Symbols | set[str] | None = None,
         sampling: Sampling | None = None,
     ) -> list[Any]:
         """Propose the genes that belong with the given ones: ranked from one forward pass, or drawn one by one.
@@ -140,6 +140,8 @@ class Model:
         for name, value in (("number", number), ("permutations", permutations)):
             if not isinstance(value, int | np.integer) or value < 1:
                 raise UserError(f"{name} = {value}: must be a whole number of at least 1")
+        if isinstance(background, set | frozenset):
+            background = list(background)
         candidates_V = None if background is None else self.background(_checked(background))
         single = not _is_list(genes) or all(isinstance(one, str) for one in genes)
         prompts = [self._ids(_checked(symbols), skip_unknown) for symbols in ([genes] if single else genes)]
