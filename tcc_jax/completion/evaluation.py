@@ -132,7 +132,8 @@ def run_method(
                 for name, value in values.items():
                     metrics[name][seed, index] = value
                 if rare_V is not None:
-                    metrics["rare_recall"][seed, index] = _rare_recall(keys_V, masked.hidden, rare_V)
+                    rare = masked.hidden[rare_V[masked.hidden]]
+                    metrics["rare_recall"][seed, index] = recall_among(keys_V[rare_V], keys_V[rare])
                 if seed == 0:
                     drawn[index] = best_ids(sorted_BV[row], masked.drawn_count)
                 if bins is not None:
@@ -233,14 +234,6 @@ def _sorted(keys_BV: np.ndarray) -> np.ndarray:
     return sorted_BV
 
 
-def _rare_recall(keys_V: np.ndarray, hidden: np.ndarray, rare_V: np.ndarray) -> float:
-    wanted = hidden[rare_V[hidden]]
-    if not len(wanted):
-        return math.nan
-    last = np.partition(keys_V[rare_V], len(wanted) - 1)[len(wanted) - 1]
-    return float(np.mean(keys_V[wanted] <= last))
-
-
 def _shares(scores_V: np.ndarray, sorted_V: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scores_C = scores_V[best_ids(sorted_V, num_candidates(sorted_V))].astype(np.float64)
     if not len(scores_C):
@@ -302,6 +295,12 @@ def rank_keys(scores_BV: np.ndarray, visible: Sequence[np.ndarray], candidates_V
     for row, ids in enumerate(visible):
         keys_BV[row, ids] = _LAST
     return keys_BV
+
+
+def recall_among(keys: np.ndarray, hidden_keys: np.ndarray) -> float:
+    """Return the share of m hidden genes that are among the m best of all `keys`, theirs included; nan if m is 0."""
+    count = len(hidden_keys)
+    return float(np.mean(hidden_keys <= np.partition(keys, count - 1)[count - 1])) if count else math.nan
 
 
 def best_ids(sorted_keys: np.ndarray, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tcc_jax.completion.evaluation import rank_keys
+from tcc_jax.completion.evaluation import rank_keys, recall_among
 from tcc_jax.completion.protocol import MaskedSet, genes_of, mask_sets
 from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.store import Corpus
@@ -56,8 +56,4 @@ def validation_masks(corpus: Corpus, count: int) -> list[MaskedSet]:
 def recall_of_each(scores_BV: np.ndarray, masked: Sequence[MaskedSet]) -> np.ndarray:
     """Return the [B] recall of [B, V] scores in each masked set, with as many genes drawn as are hidden in it."""
     keys_BV = rank_keys(scores_BV, [one.visible for one in masked], genes_of(scores_BV.shape[1]))
-    recalls = []
-    for keys_V, one in zip(keys_BV, masked, strict=True):
-        last = np.partition(keys_V, len(one.hidden) - 1)[len(one.hidden) - 1]
-        recalls.append(np.mean(keys_V[one.hidden] <= last))
-    return np.array(recalls)
+    return np.array([recall_among(keys_V, keys_V[one.hidden]) for keys_V, one in zip(keys_BV, masked, strict=True)])
