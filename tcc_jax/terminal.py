@@ -56,7 +56,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + one_line(message), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -87,9 +87,10 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         # --help, or a signal that came just now.
         if stop.code in (0, None) or (isinstance(stop.code, int) and stop.code > 128):
             raise
-        # tyro draws a box of several lines under a title; an error here is one line.
+        # tyro draws a box, or rules, around several lines under a title; an error here is one line.
         drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]
         words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
+        words = re.sub("^.*?-{8,} +|-{8,} *", "", words)
         raise UserError(words or "wrong arguments; see --help") from None
 
 
@@ -139,7 +140,7 @@ def progress(label: str, total: int | None = None, every_seconds: float = 10.0, 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lay out rows as plain text: the first column flush left, the others flush right, ints with thousands commas."""
-    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    cells = [[cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
     for row in cells:
@@ -152,7 +153,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: object) -> str:
+def one_line(text: str) -> str:
+    """Return a text with its tabs and line ends, and the blanks around them, each made one blank."""
+    return " ".join(text.split())
+
+
+def cell(value: object) -> str:
+    """Return a value as a table shows it: ints with thousands commas, floats with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -149,7 +149,10 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts):
     if drawn == "recorded":
         assert float(rows[1]["log10_p"]) == 0 and rows[1]["recall"] == "0"
         assert "1 sets, for which the original drew nothing, have p = 1" in " ".join(report["notes"])
-    assert "universe of 100 is padded" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "universe of 100 is padded" in shown
+    # 3 of 3 hidden genes with 7 drawn from 100: p = 2e-4; the others are not.
+    assert "the recorded tables: 1 of 3 sets significant at 0.05, recall 0.444" in shown
     completed = [line.split("\t") for line in (out / "completions.gmt").read_text().splitlines()]
     assert [len(line) - 2 for line in completed] == [count for count in counts if count]
 

@@ -1,31 +1,33 @@
-"""What a model must beat: random genes, popular genes, and the genes of the most similar training sets.
+"""What a model must beat: random genes, popular genes, the genes of the most similar training sets, and EASE.
 
 Each is a `ranker.Scorer`, so that it runs over the same masks and metrics as the model.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse
 
-from tcc_jax.completion.cache import Arrays, cached
-from tcc_jax.completion.ranker import Scorer
+from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
+from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.completion.sets import training_sets
-from tcc_jax.completion.tuning import mean_recall, validation_masks
-from tcc_jax.corpus.similarity import Sets
+from tcc_jax.corpus.similarity import Sets, join_sets
 from tcc_jax.corpus.store import Corpus
-from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.terminal import progress
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
+from tcc_jax.terminal import UserError, progress
 
 NEIGHBOURS = (100, 500, 2000, 20_000)
 POWERS = (1.0, 2.0, 3.0, 4.0, 6.0)
 TUNING_SETS = 200
 # Queries compared with the training sets at once; against 350,000 sets the similarities of 32 take at most 135 MB.
 _QUERIES_AT_ONCE = 32
+_GENES_AT_ONCE = 500
 
 
 def popularity(vocabulary: Vocabulary) -> Scorer:
@@ -60,57 +62,29 @@ class SetNeighbours:
     def __init__(self, corpus: Corpus, neighbours: int = 500, power: float = 3.0) -> None:
         self.neighbours, self.power = neighbours, power
         train = training_sets(corpus)
-        shape = (len(train), corpus.vocabulary.size)
-        self._members = scipy.sparse.csr_array(
-            (np.ones(len(train.tokens), np.float32), train.tokens, train.offsets), shape=shape
-        )
+        self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
         self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
-        weights = self._idf_V[train.tokens]
-        norms = np.sqrt(train.sum(weights.astype(np.float64) ** 2))
-        weights /= np.repeat(np.maximum(norms, 1e-9), train.lengths).astype(np.float32)
         # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
-        self._sets_by_gene = scipy.sparse.csr_array((weights, train.tokens, train.offsets), shape=shape).T.tocsr()
+        self._sets_by_gene = self._unit_rows(train).T.tocsr()
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`."""
-        return self.scores(visible, (self.neighbours,), self.power)[0]
+        batches = batched(visible, _QUERIES_AT_ONCE)
+        return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
 
-    def scores(self, visible: Sequence[np.ndarray], neighbours: Sequence[int], power: float) -> list[np.ndarray]:
-        """Score [n, V] float32 for each of several ascending numbers of neighbours, whose votes are shared."""
-        parts = [
-            self._scores(visible[start : start + _QUERIES_AT_ONCE], neighbours, power)
-            for start in range(0, len(visible), _QUERIES_AT_ONCE)
-        ]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-    def _scores(self, visible: Sequence[np.ndarray], neighbours: Sequence[int], power: float) -> list[np.ndarray]:
-        queries = Sets(
-            np.concatenate([*visible, np.empty(0, np.int32)]).astype(np.int32),
-            np.concatenate([[0], np.cumsum([len(ids) for ids in visible])]).astype(np.int64),
-        )
-        weights = self._idf_V[queries.tokens]
-        norms = np.sqrt(queries.sum(weights.astype(np.float64) ** 2))
-        weights /= np.repeat(np.maximum(norms, 1e-9), queries.lengths).astype(np.float32)
-        shape = (len(queries), self._members.shape[1])
-        query_matrix = scipy.sparse.csr_array((weights, queries.tokens, queries.offsets), shape=shape)
-        similarities = (query_matrix @ self._sets_by_gene).tocsr()
+    def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
+        """Return the [n, training sets] similarities to the sets that share a gene."""
+        similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
         similarities.sort_indices()
-        total = np.zeros(shape, np.float32)
-        scores, fewer = [], 0
-        for count in neighbours:
-            total = total + self._votes(similarities, fewer, count, power)
-            scores.append(total)
-            fewer = count
-        return scores
+        return similarities
 
-    def _votes(self, similarities: scipy.sparse.csr_array, first: int, last: int, power: float) -> np.ndarray:
+    def votes(self, similarities: scipy.sparse.csr_array, neighbours: int, power: float) -> np.ndarray:
+        """Return the [n, V] float32 sums of `similarities` to a power, over the nearest sets that hold each gene."""
         nearest, offsets = [], [0]
-        for start, stop in zip(similarities.indptr[:-1], similarities.indptr[1:], strict=True):
+        for start, stop in itertools.pairwise(similarities.indptr):
             row = np.arange(start, stop)
-            if first or len(row) > last:
-                cuts = [cut for cut in (first, last) if cut < len(row)]
-                order = np.argpartition(-similarities.data[start:stop], cuts) if cuts else np.arange(len(row))
-                row = np.sort(row[order[first:last]])
+            if len(row) > neighbours:
+                row = np.sort(row[np.argpartition(-similarities.data[start:stop], neighbours)[:neighbours]])
             nearest.append(row)
             offsets.append(offsets[-1] + len(row))
         kept = np.concatenate(nearest)
@@ -118,6 +92,12 @@ class SetNeighbours:
             (similarities.data[kept] ** power, similarities.indices[kept], offsets), shape=similarities.shape
         )
         return (votes @ self._members).toarray()
+
+    def _unit_rows(self, sets: Sets) -> scipy.sparse.csr_array:
+        weights = self._idf_V[sets.tokens]
+        norms = np.sqrt(sets.sum(weights.astype(np.float64) ** 2))
+        weights /= np.repeat(np.maximum(norms, 1e-9), sets.lengths).astype(np.float32)
+        return sets.matrix(len(self._idf_V), weights)
 
 
 def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
@@ -138,12 +118,92 @@ def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
 
 def _tune(scorer: SetNeighbours, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
-    best = (-1.0, scorer.neighbours, scorer.power)
-    with progress("tuning set-kNN on the validation sets", len(POWERS) * len(masked)) as advance:
-        for power in POWERS if masked else ():
-            # The votes of few neighbours are a part of those of many.
-            scores = scorer.scores([one.visible for one in masked], NEIGHBOURS, power)
-            for count, scores_BV in zip(NEIGHBOURS, scores, strict=True):
-                best = max(best, (mean_recall(scores_BV, masked), count, power))
-            advance(len(masked))
+    pairs = list(itertools.product(NEIGHBOURS, POWERS))
+    recalls: list[list[np.ndarray]] = [[] for _ in pairs]
+    with progress("tuning set-kNN on the validation sets", len(masked)) as advance:
+        for batch in batched(masked, _QUERIES_AT_ONCE):
+            similarities = scorer.similarities([one.visible for one in batch])
+            for pair, found in zip(pairs, recalls, strict=True):
+                found.append(recall_of_each(scorer.votes(similarities, *pair), batch))
+            advance(len(batch))
+    settings = ((float(np.mean(np.concatenate(found))), *pair) for pair, found in zip(pairs, recalls, strict=True))
+    best = max(settings) if masked else (-1.0, scorer.neighbours, scorer.power)
     return {"recall": np.array(best[0]), "neighbours": np.array(best[1]), "power": np.array(best[2])}
+
+
+class Ease:
+    """H. Steck, "Embarrassingly shallow autoencoders for sparse data" (WWW 2019), over the most frequent genes.
+
+    With X the training sets as rows, each scaled by 1 / sqrt(length), P = (X'X + penalty I)^-1 and B = I - P / diag(P):
+    a gene's score is the sum of its weights from the visible genes. Genes outside the most frequent ones score below
+    all others, by popularity. Fitting takes about 12 bytes x num_genes^2 of memory (2 GB at 13,000 genes), scoring 4.
+
+    Args:
+        corpus: the prepared corpus; its training sets are fitted.
+        folder: where the weights are kept, by corpus hash and settings.
+        num_genes: most frequent genes that are fitted.
+        penalty: lambda, the weight of the squared weights.
+
+    Raises:
+        UserError: the weights need more memory than there is.
+    """
+
+    def __init__(self, corpus: Corpus, folder: str | Path, num_genes: int = 13_000, penalty: float = 20.0) -> None:
+        self._size = corpus.vocabulary.size
+        # Ids go by falling count: the most frequent genes are the first.
+        self.num_genes, self.penalty = min(num_genes, self._size - NUM_SPECIAL), penalty
+        settings = {"version": 1, "corpus": corpus.hash, "num_genes": self.num_genes, "penalty": penalty}
+        try:
+            fitted = cached(folder, "ease", settings, lambda: _fit_ease(corpus, self.num_genes, penalty))
+        except MemoryError:
+            raise UserError(
+                f"--ease-genes {num_genes}: not enough memory for {num_genes:,} genes; give fewer"
+            ) from None
+        self._weights_GG = fitted["weights"]
+
+    def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
+        """Score [n, V] float32, as a `ranker.Scorer`."""
+        known = [ids[ids < NUM_SPECIAL + self.num_genes] - NUM_SPECIAL for ids in visible]
+        scores = np.empty((len(visible), self._size), np.float32)
+        for row, genes in enumerate(known):
+            fitted_G = self._weights_GG[genes].sum(0) if len(genes) else np.zeros(self.num_genes, np.float32)
+            scores[row] = fitted_G.min() - 1
+            scores[row, NUM_SPECIAL : NUM_SPECIAL + self.num_genes] = fitted_G
+        return scores
+
+
+def _fit_ease(corpus: Corpus, num_genes: int, penalty: float) -> Arrays:
+    train = training_sets(corpus)
+    lengths = train.lengths
+    kept = train.keep_mentions(train.tokens < NUM_SPECIAL + num_genes)
+    gram_GG = _gram(Sets(kept.tokens - NUM_SPECIAL, kept.offsets), lengths, num_genes)
+    gram_GG[np.diag_indices(num_genes)] += penalty
+    with progress(f"fitting EASE: the inverse of {num_genes:,} x {num_genes:,} numbers"):
+        factor, _ = scipy.linalg.cho_factor(gram_GG, lower=True, overwrite_a=True, check_finite=False)
+        inverse_GG, info = scipy.linalg.lapack.spotri(factor, lower=True, overwrite_c=True)
+    assert info == 0, info
+    diagonal_G = np.diag(inverse_GG).copy()
+    # LAPACK leaves the result in one triangle, that of a Fortran array: mirror it without another matrix.
+    for start in range(0, num_genes, _GENES_AT_ONCE):
+        stop = start + _GENES_AT_ONCE
+        inverse_GG[start:stop, stop:] = inverse_GG[stop:, start:stop].T
+        block = inverse_GG[start:stop, start:stop]
+        block[:] = np.tril(block) + np.tril(block, -1).T
+    # One row for each visible gene: what it says of every other gene.
+    inverse_GG /= -diagonal_G
+    inverse_GG[np.diag_indices(num_genes)] = 0
+    return {"weights": np.ascontiguousarray(inverse_GG)}
+
+
+def _gram(sets: Sets, lengths: np.ndarray, num_genes: int) -> np.ndarray:
+    scale = 1 / np.sqrt(np.repeat(lengths, sets.lengths))
+    rows = sets.matrix(num_genes, scale.astype(np.float32))
+    columns = rows.T.tocsr()
+    gram_GG = np.empty((num_genes, num_genes), np.float32, order="F")
+    with progress("fitting EASE: how often genes meet", num_genes) as advance:
+        for start in range(0, num_genes, _GENES_AT_ONCE):
+            block = (columns[start : start + _GENES_AT_ONCE] @ rows).toarray()
+            # The matrix is symmetric; LAPACK works in place in Fortran order, where a block of columns lies together.
+            gram_GG[:, start : start + _GENES_AT_ONCE] = block.T
+            advance(len(block))
+    return gram_GG

@@ -1,4 +1,4 @@
-"""Run a method over masked sets, and say how sure its averages are: bootstrap intervals and paired comparisons."""
+"""Run a method over masked sets: ranks of the hidden genes, metrics from ranks, tests, intervals and comparisons."""
 
 from __future__ import annotations
 
@@ -13,11 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from tcc_jax.completion.metrics import METRICS, best_ids, num_candidates, rank_keys, ranks_of, set_metrics
 from tcc_jax.completion.overlap import benjamini_hochberg, log_fisher_greater
 from tcc_jax.completion.protocol import MaskedSet
-from tcc_jax.completion.ranker import Scorer
+from tcc_jax.completion.ranker import Scorer, batched
 
+CUTS = (10, 50, 100)
+METRICS = (
+    "hits",
+    "recall",
+    "precision",
+    *(f"recall_at_{cut}" for cut in CUTS),
+    *(f"precision_at_{cut}" for cut in CUTS),
+    "recall_at_hidden",
+    "precision_at_hidden",
+    "ndcg_at_100",
+    "average_precision",
+    "reciprocal_rank",
+    "auroc",
+)
+_LAST = np.iinfo(np.int64).max
+_ID_BITS = 32
 RESAMPLES = 2000
 # Sets scored at once: scores [128, V] float32 and their keys, int64, take 55 MB at 35,700 symbols.
 _BATCH = 128
@@ -103,8 +118,7 @@ def run_method(
     for seed, sets in enumerate(trials):
         # By length, so that prompts in a batch need about the same padding.
         order = sorted(range(len(sets)), key=lambda index: (len(sets[index].visible), index))
-        for start in range(0, len(order), _BATCH):
-            batch = order[start : start + _BATCH]
+        for batch in batched(order, _BATCH):
             visible = [sets[index].visible for index in batch]
             scores_BV = np.array(scorer(visible), np.float32)
             keys_BV = rank_keys(scores_BV, visible, candidates_V)
@@ -118,7 +132,8 @@ def run_method(
                 for name, value in values.items():
                     metrics[name][seed, index] = value
                 if rare_V is not None:
-                    metrics["rare_recall"][seed, index] = _rare_recall(keys_V, masked.hidden, rare_V)
+                    rare = masked.hidden[rare_V[masked.hidden]]
+                    metrics["rare_recall"][seed, index] = recall_among(keys_V[rare_V], keys_V[rare])
                 if seed == 0:
                     drawn[index] = best_ids(sorted_BV[row], masked.drawn_count)
                 if bins is not None:
@@ -144,6 +159,8 @@ def bootstrap(values_NM: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndar
     """
     values_NM = np.asarray(values_NM, np.float64)
     count, columns = values_NM.shape
+    if not count:
+        return np.full(columns, np.nan), np.full(columns, np.nan)
     defined_NM = np.isfinite(values_NM)
     filled_NM = np.where(defined_NM, values_NM, 0)
     means = []
@@ -167,14 +184,6 @@ def _resamples(count: int, seed: int) -> list[np.ndarray]:
     return [rng.multinomial(count, shares, part).astype(np.uint8) for part in parts]
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the `bootstrap` interval of the mean of [N] values, nan left out; (nan, nan) of none."""
-    if not len(values):
-        return math.nan, math.nan
-    low, high = bootstrap(np.asarray(values)[:, None], seed)
-    return float(low[0]), float(high[0])
-
-
 def mean(values: np.ndarray) -> float:
     """Return the mean of what is defined; nan of nothing."""
     values = values[np.isfinite(values)]
@@ -192,7 +201,7 @@ def compare(one: Outcome, other: Outcome, metric: str = "recall", seed: int = 0)
     difference = difference[np.isfinite(difference)]
     # Averages over seeds differ in their last bits: those are ties.
     difference[np.abs(difference) < 1e-12] = 0
-    low, high = bootstrap_interval(difference, seed)
+    (low,), (high,) = bootstrap(difference[:, None], seed)
     moved = bool(np.any(difference != 0))
     return {
         "method": one.method,
@@ -202,8 +211,8 @@ def compare(one: Outcome, other: Outcome, metric: str = "recall", seed: int = 0)
         "lost": int((difference < 0).sum()),
         "tied": int((difference == 0).sum()),
         "difference": mean(difference),
-        "difference_low": low,
-        "difference_high": high,
+        "difference_low": float(low),
+        "difference_high": float(high),
         "wilcoxon_p": float(scipy.stats.wilcoxon(difference, zero_method="wilcox").pvalue) if moved else 1.0,
     }
 
@@ -223,14 +232,6 @@ def _sorted(keys_BV: np.ndarray) -> np.ndarray:
     with ThreadPoolExecutor() as threads:
         list(threads.map(np.ndarray.sort, sorted_BV))
     return sorted_BV
-
-
-def _rare_recall(keys_V: np.ndarray, hidden: np.ndarray, rare_V: np.ndarray) -> float:
-    wanted = hidden[rare_V[hidden]]
-    if not len(wanted):
-        return math.nan
-    last = np.partition(keys_V[rare_V], len(wanted) - 1)[len(wanted) - 1]
-    return float(np.mean(keys_V[wanted] <= last))
 
 
 def _shares(scores_V: np.ndarray, sorted_V: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,3 +264,101 @@ class _Bins:
         filled = self._genes > 0
         genes = self._genes[filled]
         return Calibration(self._expected[filled] / genes, self._hits[filled] / genes, genes.astype(np.int64))
+
+
+def rank_keys(scores_BV: np.ndarray, visible: Sequence[np.ndarray], candidates_V: np.ndarray) -> np.ndarray:
+    """Turn scores into integers that sort as the ranking does: best first, the lower id first where scores are equal.
+
+    That is the order of `ranker.rank`; ids go by falling popularity.
+
+    Args:
+        scores_BV: float, higher is better; finite or infinite.
+        visible: for each row the ids that can't be drawn.
+        candidates_V: [V] bool, ids that can be drawn.
+
+    Returns:
+        keys_BV, int64: the id in the low 32 bits; the largest int64 for what can't be drawn.
+
+    Raises:
+        ValueError: a score is not a number.
+    """
+    # Adding 0 makes -0 equal to 0, whose bits differ.
+    scores_BV = np.asarray(scores_BV, np.float32) + np.float32(0)
+    if np.isnan(scores_BV).any():
+        raise ValueError("a score is not a number")
+    # The bits of a float32 as an integer ascend with the number, once those of negative numbers are turned round.
+    bits_BV = scores_BV.view(np.int32)
+    bits_BV ^= (bits_BV >> 31) & np.int32(0x7FFFFFFF)
+    keys_BV = (~bits_BV).astype(np.int64) << _ID_BITS
+    keys_BV |= np.arange(scores_BV.shape[1])
+    keys_BV[:, ~candidates_V] = _LAST
+    for row, ids in enumerate(visible):
+        keys_BV[row, ids] = _LAST
+    return keys_BV
+
+
+def recall_among(keys: np.ndarray, hidden_keys: np.ndarray) -> float:
+    """Return the share of m hidden genes that are among the m best of all `keys`, theirs included; nan if m is 0."""
+    count = len(hidden_keys)
+    return float(np.mean(hidden_keys <= np.partition(keys, count - 1)[count - 1])) if count else math.nan
+
+
+def best_ids(sorted_keys: np.ndarray, count: int) -> np.ndarray:
+    """Return the int32 ids of the `count` best candidates (fewer if there are not that many) of one sorted row."""
+    best = sorted_keys[:count]
+    return (best[best != _LAST] & (2**_ID_BITS - 1)).astype(np.int32)
+
+
+def ranks_of(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the ranks from 1, ascending, of the genes with the given keys, in one sorted row; int64."""
+    return np.sort(np.searchsorted(sorted_keys, keys) + 1)
+
+
+def num_candidates(sorted_keys: np.ndarray) -> int:
+    """Return how many genes of one sorted row could be drawn."""
+    return int(np.searchsorted(sorted_keys, _LAST))
+
+
+def set_metrics(ranks: np.ndarray, hidden_count: int, drawn_count: int, candidates: int) -> dict[str, float]:
+    """Compute the metrics of one set.
+
+    With K = `hidden_count` and r_1 < r_2 < ... the ranks of the hidden genes that could be drawn (the others count as
+    never found): recall at n is hits among the first n over K, precision at n is the same hits over n; `recall` and
+    `precision` are at `drawn_count`, `recall_at_hidden` and `precision_at_hidden` at K, where they are equal by
+    definition. nDCG@100 has binary gains and the discount 1 / log2(1 + rank) (Jarvelin & Kekalainen 2002), over the
+    ideal of min(K, 100) first ranks; average precision is the mean over all K of i / r_i; reciprocal rank is 1 / r_1.
+    AUROC is the share of pairs of a hidden gene and another candidate that are in the right order (Mann-Whitney),
+    hidden genes that can't be drawn left out; equal scores are ordered as the ranking orders them.
+
+    Args:
+        ranks: ranks from 1, ascending, of the hidden genes among the candidates.
+        hidden_count: K, at least 1.
+        drawn_count: genes drawn; 0 gives recall and precision 0.
+        candidates: genes that could be drawn, the hidden ones included.
+
+    Returns:
+        A value for each of `METRICS`; AUROC is nan where no hidden gene, or nothing else, can be drawn.
+    """
+    known = len(ranks)
+    order = np.arange(1, known + 1)
+
+    def hits(count: int) -> int:
+        return int(np.searchsorted(ranks, count, side="right"))
+
+    gain = float(np.sum(1 / np.log2(1 + ranks[: hits(100)])))
+    ideal = float(np.sum(1 / np.log2(1 + np.arange(1, min(hidden_count, 100) + 1))))
+    misordered = int(ranks.sum()) - known * (known + 1) // 2
+    pairs = known * (candidates - known)
+    return {
+        "hits": hits(drawn_count),
+        "recall": hits(drawn_count) / hidden_count,
+        "precision": hits(drawn_count) / max(drawn_count, 1),
+        **{f"recall_at_{cut}": hits(cut) / hidden_count for cut in CUTS},
+        **{f"precision_at_{cut}": hits(cut) / cut for cut in CUTS},
+        "recall_at_hidden": hits(hidden_count) / hidden_count,
+        "precision_at_hidden": hits(hidden_count) / hidden_count,
+        "ndcg_at_100": gain / ideal,
+        "average_precision": float(np.sum(order / ranks)) / hidden_count,
+        "reciprocal_rank": 1 / int(ranks[0]) if known else 0.0,
+        "auroc": 1 - misordered / pairs if pairs else float("nan"),
+    }

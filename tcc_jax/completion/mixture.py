@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tcc_jax.completion.baselines import SetNeighbours
-from tcc_jax.completion.cache import Arrays, cached
-from tcc_jax.completion.ease import Ease
-from tcc_jax.completion.model import Model, batched
+from tcc_jax.completion.baselines import Ease, SetNeighbours
+from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
+from tcc_jax.completion.model import Model
 from tcc_jax.completion.protocol import genes_of
-from tcc_jax.completion.ranker import Scorer
-from tcc_jax.completion.tuning import mean_recall, validation_masks
+from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress
 
@@ -96,7 +94,7 @@ def _tune(mixture: Mixture, corpus: Corpus) -> Arrays:
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
             parts = mixture.parts([one.visible for one in batch])
-            totals += [len(batch) * mean_recall(np.asarray(_mix(*parts, *pair)), batch) for pair in pairs]
+            totals += [recall_of_each(np.asarray(_mix(*parts, *pair)), batch).sum() for pair in pairs]
             advance(len(batch))
     ease_weight, vote_weight = pairs[int(totals.argmax())]
     return {"recall": totals / max(1, len(masked)), "weights": np.array([ease_weight, vote_weight])}

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,18 @@ import numpy as np
 import scipy.special
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tcc_jax.completion.ranker import Scorer, power_of_two, rank, row_bucket
+from tcc_jax.completion.ranker import Scorer, batched, power_of_two, rank, row_bucket
 from tcc_jax.completion.sampler import Sampler, Sampling
 from tcc_jax.config import ModelConfig
+from tcc_jax.corpus.store import Corpus, open_corpus
+from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD, START, Vocabulary
 from tcc_jax.model.decoder import Params, merge
+from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import LoadedCheckpoint, read_checkpoint
 
 Symbols = list[str] | tuple[str, ...] | np.ndarray
-T = TypeVar("T")
 
 _SHORTEST_ROW = 16
 # Attention takes memory with rows x length^2, the output layer with rows x V: both are bounded here.
@@ -104,28 +106,6 @@ class Model:
         """
         return self._longest_row - 1
 
-    @overload
-    def complete(
-        self,
-        genes: Symbols,
-        number: int = 20,
-        skip_unknown: bool = False,
-        *,
-        permutations: int = 1,
-        background: Symbols | None = None,
-        sampling: Sampling | None = None,
-    ) -> list[Proposal]: ...
-    @overload
-    def complete(
-        self,
-        genes: Sequence[Symbols],
-        number: int = 20,
-        skip_unknown: bool = False,
-        *,
-        permutations: int = 1,
-        background: Symbols | None = None,
-        sampling: Sampling | None = None,
-    ) -> list[list[Proposal]]: ...
     def complete(
         self,
         genes: Symbols | Sequence[Symbols],
@@ -133,9 +113,9 @@ class Model:
         skip_unknown: bool = False,
         *,
         permutations: int = 1,
-        background: Symbols | None = None,
+        background: Symbols | set[str] | None = None,
         sampling: Sampling | None = None,
-    ) -> list[Proposal] | list[list[Proposal]]:
+    ) -> list[Any]:
         """Propose the genes that belong with the given ones: ranked from one forward pass, or drawn one by one.
 
         Args:
@@ -149,35 +129,33 @@ class Model:
                 for a set depends on the seed and its genes in their order, not on the other sets.
 
         Returns:
-            Proposals, most probable first and equal ones in the order of the vocabulary, or in the order drawn; for a
+            `Proposal`s, most probable first and equal ones in the order of the vocabulary, or in the order drawn; for a
             list of lists one such list for each. Probabilities, of drawn genes too, are shares under the softmax given
             the given genes, over all candidates: the genes of the background (by default of the vocabulary) but those.
 
         Raises:
-            UserError: `number` or `permutations` under 1, no gene, none that is known, or an unknown symbol (the
-                nearest ones are named).
+            UserError: `number` or `permutations` under 1, symbols given otherwise, no gene, none that is known, or an
+                unknown symbol (the approved one, or the nearest ones, are named).
         """
-        if isinstance(genes, str):
-            raise UserError(f"{genes!r}: pass a list of symbols, such as [{genes!r}]")
         for name, value in (("number", number), ("permutations", permutations)):
-            if value < 1:
-                raise UserError(f"{name} = {value}: must be at least 1")
-        candidates_V = None if background is None else self.background(background)
-        single = len(genes) == 0 or isinstance(genes[0], str)
-        prompts = [self._ids(symbols, skip_unknown) for symbols in ([genes] if single else genes)]  # type: ignore[arg-type]
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise UserError(f"{name} = {value}: must be a whole number of at least 1")
+        if isinstance(background, set | frozenset):
+            background = list(background)
+        candidates_V = None if background is None else self.background(_checked(background))
+        single = not _is_list(genes) or all(isinstance(one, str) for one in genes)
+        prompts = [self._ids(_checked(symbols), skip_unknown) for symbols in ([genes] if single else genes)]
         queries = ((prompt, number) for prompt in prompts)
-        found = self.propose(queries, permutations=permutations, sampling=sampling, candidates_V=candidates_V)
+        found = self.propose(queries, self.scorer(permutations), sampling, candidates_V)
         completions = [self.records(ids, shares) for ids, shares in found]
         return completions[0] if single else completions
 
     def propose(
         self,
         queries: Iterable[tuple[np.ndarray, int]],
-        *,
-        permutations: int = 1,
+        scorer: Scorer | None = None,
         sampling: Sampling | None = None,
         candidates_V: np.ndarray | None = None,
-        scorer: Scorer | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Complete a stream of sets of any number, in bounded memory.
 
@@ -186,10 +164,9 @@ class Model:
 
         Args:
             queries: for each set the ids of its visible genes, each once and at least one, and how many to propose.
-            permutations: orders of the prompt that are averaged (ranking only).
+            scorer: rank by its scores, such as those of `scorer(permutations)` or a mixture, instead of the model's.
             sampling: draw jointly in this way instead of ranking.
             candidates_V: [V] bool, the genes that may be proposed; all unless given.
-            scorer: rank by its scores, such as those of a mixture, instead of the model's.
 
         Yields:
             For each set, in order: ids, int32, and probabilities, float32, as `rank` or `Sampler.draw` give them.
@@ -197,7 +174,7 @@ class Model:
         for window in batched(queries, WINDOW):
             prompts, counts = [prompt for prompt, _ in window], [count for _, count in window]
             if sampling is None:
-                ids, shares = rank(scorer or self.scorer(permutations), prompts, counts, candidates_V=candidates_V)
+                ids, shares = rank(scorer or self.score, prompts, counts, candidates_V=candidates_V)
             else:
                 shown, budgets = zip(*(self._fit_to_draw(prompt, count) for prompt, count in window), strict=True)
                 seeds = [_seed_of(prompt, sampling.seed) for prompt in prompts]
@@ -256,6 +233,32 @@ class Model:
                 done += len(batch)
         return scores_BV
 
+    def corpus(self, path: str | Path | None = None, *, required: bool) -> tuple[Corpus | None, str]:
+        """Open the prepared corpus that the model was trained on.
+
+        Args:
+            path: where it is; where it was at the training unless given.
+            required: raise where it can't be had, instead of saying so.
+
+        Returns:
+            The corpus, or None and why there is none.
+
+        Raises:
+            UserError: it is required, and not there or of another vocabulary.
+        """
+        path = path or self.checkpoint.config.data.corpus
+        if not required and not as_path(path).exists():
+            return None, f"the corpus {path} is not there; name it with --corpus"
+        corpus = open_corpus(path)
+        theirs, ours = corpus.vocabulary.hash, self.vocabulary.hash
+        if theirs == ours:
+            return corpus, ""
+        checkpoint = f"checkpoint {self.checkpoint.run_directory} ({ours[:12]})"
+        other = f"the corpus {path} has another vocabulary ({theirs[:12]}) than {checkpoint}"
+        if required:
+            raise UserError(f"{other}; name the corpus it was trained on with --corpus")
+        return None, other
+
     def background(self, symbols: Iterable[str]) -> np.ndarray:
         """Return [V] bool: which genes a list of approved symbols allows.
 
@@ -288,6 +291,9 @@ class Model:
         known = dict.fromkeys(ids[symbol] for symbol in symbols if symbol in ids)
         unknown = [symbol for symbol in symbols if symbol not in ids]
         if unknown and not (skip_unknown and known):
+            approved = SymbolTable.read().resolve(unknown[0]).symbol
+            if approved in ids:
+                raise UserError(f"{unknown[0]}: not an approved symbol; the approved one is {approved}")
             raise UserError(f"{unknown[0]}: {unknown_gene(unknown[0], self.vocabulary)}")
         if not known:
             raise UserError("no gene given; pass at least one symbol")
@@ -319,11 +325,15 @@ def unknown_gene(symbol: str, vocabulary: Vocabulary) -> str:
     return "not in the vocabulary" + (f"; the nearest: {', '.join(nearest)}" if nearest else "")
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`, the last one shorter, reading no further than the list at hand."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def _checked(symbols: Any) -> Symbols:
+    # A set has no order, and what is shown has one; a text is a sequence of letters.
+    if not _is_list(symbols) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise UserError(f"{symbols!r}: pass symbols as a list, a tuple or a NumPy array, such as ['TP53', 'MDM2']")
+    return symbols
 
 
 def _seed_of(prompt: np.ndarray, seed: int) -> int:

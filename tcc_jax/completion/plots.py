@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from tcc_jax.completion.page import Plot
 
 if TYPE_CHECKING:
     from tcc_jax.completion.report import Report
@@ -22,61 +21,51 @@ _LIBRARIES_SHOWN = 10
 _NAME_SHOWN = 40
 
 
+class Plot(NamedTuple):
+    """A plot that was drawn: the name of its files without ending, and what it shows in one sentence."""
+
+    name: str
+    caption: str
+
+
+def can_plot() -> bool:
+    """Say whether matplotlib (the `plots` extra) is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw_plots(report: Report, folder: Path) -> list[Plot]:
     """Draw every plot the report has the numbers for, as NAME.png and NAME.svg in the folder."""
     import matplotlib
     from matplotlib.figure import Figure
 
     drawn = []
-    for plot, size, draw in _plots(report):
+
+    def draw(name: str, caption: str, size: tuple[float, float], paint: Callable[..., None], *what: Any) -> None:
         figure = Figure(figsize=size, layout="constrained")
         # The same report gives the same bytes.
         with matplotlib.rc_context({"svg.hashsalt": "tcc_jax", "font.size": 10}):
-            draw(figure)
-            figure.savefig(folder / f"{plot.name}.png", dpi=130)
-            figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
-        drawn.append(plot)
-    return drawn
+            paint(report, figure, *what)
+            figure.savefig(folder / f"{name}.png", dpi=130)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        drawn.append(Plot(name, caption))
 
-
-def _plots(report: Report) -> list[tuple[Plot, tuple[float, float], Callable[[Any], None]]]:
-    height = 1.2 + 0.4 * len(report.outcomes)
-    groups = {"by_hidden_count": "number of hidden genes", "by_library": "library"}
-    plots: list[tuple[Plot, tuple[float, float], Callable[[Any], None]]] = [
-        (
-            Plot("significance", "Overlap of drawn and hidden genes, set by set, each method in its own order."),
-            (8, 5), lambda figure: _significance(report, figure),
-        ),
-        (
-            Plot("recall", "Mean recall of each method, with bootstrap 95 % intervals over sets."),
-            (8, height), lambda figure: _recall(report, figure),
-        ),
-    ]  # fmt: skip
-    for key, what in groups.items():
-        rows = report.subsets[key]
-        names = list(dict.fromkeys(row["subset"] for row in rows))[:_LIBRARIES_SHOWN]
-        plots.append(
-            (
-                Plot(f"recall_{key}", f"Mean recall by {what}, with bootstrap 95 % intervals over sets."),
-                (8, 1.6 + len(names) * (0.15 + 0.1 * len(report.outcomes))),
-                lambda figure, rows=rows, names=names, what=what: _groups(report, figure, rows, names, what),  # type: ignore[misc]
-            )
-        )
-    labels = {"sweep": "visible share of a set [%]", "noise": "share of false genes in the prompt [%]"}
-    for name, label in labels.items():
-        if name in report.curves:
-            plots.append(
-                (
-                    Plot(name, f"Mean recall by {label.split(' [')[0]}, with bootstrap 95 % intervals over sets."),
-                    (8, 4.5), lambda figure, name=name, label=label: _curve(report, figure, name, label),  # type: ignore[misc]
-                )
-            )  # fmt: skip
+    intervals, count = "with bootstrap 95 % intervals over sets.", len(report.outcomes)
+    overlap = "Overlap of drawn and hidden genes, set by set, each method in its own order."
+    draw("significance", overlap, (8, 5), _significance)
+    draw("recall", f"Mean recall of each method, {intervals}", (8, 1.2 + 0.4 * count), _recall)
+    for key, what in (("by_hidden_count", "number of hidden genes"), ("by_library", "library")):
+        names = list(dict.fromkeys(row["subset"] for row in report.subsets[key]))[:_LIBRARIES_SHOWN]
+        size = (8, 1.6 + len(names) * (0.15 + 0.1 * count))
+        draw(f"recall_{key}", f"Mean recall by {what}, {intervals}", size, _groups, report.subsets[key], names, what)
+    labels = {"sweep": "visible share of a set", "noise": "share of false genes in the prompt"}
+    for name, rows in report.curve_rows.items():
+        draw(name, f"Mean recall by {labels[name]}, {intervals}", (8, 4.5), _curve, rows, labels[name])
     if report.outcomes[0].calibration is not None:
         caption = (
             "Calibration: expected hits of a gene against how often it is hidden; bins without a hit are not shown."
         )
-        plots.append((Plot("calibration", caption), (6, 5.5), lambda figure: _calibration(report, figure)))
-    return plots
+        draw("calibration", caption, (6, 5.5), _calibration)
+    return drawn
 
 
 def _significance(report: Report, figure: Any) -> None:
@@ -147,14 +136,12 @@ def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequ
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def _curve(report: Report, figure: Any, name: str, label: str) -> None:
+def _curve(report: Report, figure: Any, rows: Sequence[dict[str, Any]], label: str) -> None:
     axes = figure.add_subplot()
-    points = report.curves[name]
-    shares = [100 * share for share, _ in points]
-    body = report.body()["curves"][name]
-    for place, outcome in enumerate(points[0][1]):
-        rows = [row for row in body if row["method"] == outcome.method]
-        means, low, high = (np.array([row[key] for row in rows]) for key in ("recall", "low", "high"))
+    shares = [100 * share for share in dict.fromkeys(row["share"] for row in rows)]
+    for place, outcome in enumerate(report.outcomes):
+        points = [row for row in rows if row["method"] == outcome.method]
+        means, low, high = (np.array([row[key] for row in points]) for key in ("recall", "low", "high"))
         colour = _COLOURS[place % len(_COLOURS)]
         axes.errorbar(
             shares, means, (means - low, high - means), color=colour, marker=_MARKS[place % len(_MARKS)],
@@ -163,9 +150,9 @@ def _curve(report: Report, figure: Any, name: str, label: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xticks(shares)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"{label} [%]")
     axes.set_ylabel("recall at the drawn count")
-    axes.set_title(f"Recall by {label.split(' [')[0]} (mean over sets, 95 % interval; first seed)")
+    axes.set_title(f"Recall by {label} (mean over sets, 95 % interval; first seed)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 

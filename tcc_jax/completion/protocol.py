@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,13 +47,12 @@ class MaskedSet:
     universe: int
 
 
-@dataclass(frozen=True)
-class DrawnCounts:
+class DrawnCounts(NamedTuple):
     """One line of a table of drawn counts: the 2 x 2 table of a published completion."""
 
-    name: str
-    hidden: int
+    hits: int
     drawn: int
+    hidden: int
     universe: int
     line: int
 
@@ -190,7 +190,7 @@ def read_drawn_counts(path: str | Path, sets: Sequence[KnownSet]) -> list[DrawnC
                 "both must list the same sets in the same order"
             )
         hits, missed, extra, neither = map(int, numbers)
-        counts.append(DrawnCounts(name, hits + missed, hits + extra, hits + missed + extra + neither, number))
+        counts.append(DrawnCounts(hits, hits + extra, hits + missed, hits + missed + extra + neither, number))
     if len(counts) < len(sets):
         raise UserError(
             f"{path}: line {len(lines) + 1}: ends after {len(counts):,} sets, the GMT files hold {len(sets):,}"

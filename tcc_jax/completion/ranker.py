@@ -6,7 +6,9 @@ A scorer is the model or a baseline: a function from lists of visible gene ids t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD
 
+T = TypeVar("T")
 Scorer = Callable[[Sequence[np.ndarray]], jax.Array | np.ndarray]
 """n arrays of visible gene ids -> [n, V] scores, any float type, higher is better; only their order matters."""
 
@@ -46,8 +49,7 @@ def rank(
     blocked = None if candidates_V is None else jnp.asarray(~candidates_V)
     # By length, so that sets in a batch need about the same padding.
     order = sorted(range(len(visible)), key=lambda index: (len(visible[index]), index))
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
+    for batch in batched(order, _BATCH):
         # All sizes are rounded up, so that a stream of any sets compiles a bounded number of programs.
         rows, longest = power_of_two(len(batch)), power_of_two(max(len(visible[index]) for index in batch))
         scores_BV = np.asarray(scorer([visible[index] for index in batch]))
@@ -101,3 +103,10 @@ def power_of_two(count: int) -> int:
 def row_bucket(rows: int, shards: int = 1) -> int:
     """Return what a batch is padded to: 1, 4, 16, 64 and so on rows on each of `shards` devices, at least `rows`."""
     return next(shards * bucket for power in range(32) if shards * (bucket := 4**power) >= rows)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`, the last one shorter, reading no further than the list at hand."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

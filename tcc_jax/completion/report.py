@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import html
 import itertools
 import json
 import math
@@ -14,16 +16,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcc_jax.completion.evaluation import Outcome, bootstrap, compare, mean
+from tcc_jax.completion.plots import Plot, can_plot, draw_plots
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.gmt import GeneSet, write_gmt
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.terminal import table
+from tcc_jax.terminal import cell, log, one_line, table
 
 FORMAT_VERSION = 3
 LEAK_LEVELS = (0.3, 0.5, 0.9)
 FAR = 0.1
 _SIZES = (10, 20, 50, 100, 200)
 _LIBRARIES_SHOWN = 12
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 2rem 0; }
+img { max-width: 100%; }
+.note, figcaption { color: #555; white-space: pre-line; }
+"""
 
 
 class Table(NamedTuple):
@@ -136,13 +149,17 @@ class Report:
             found["far_from_training"] = self._rows([(f"best training Jaccard under {FAR:g}", far_N)])
         return found
 
-    def body(self) -> dict[str, Any]:
-        """Return what report.json holds; numbers that are not defined are null."""
-        calibration = self.outcomes[0].calibration
-        curves = {
+    @functools.cached_property
+    def curve_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Recall and significance at each point of `curves`, method by method."""
+        return {
             name: [{"share": share, **row} for share, outcomes in points for row in self._rows_of(outcomes)]
             for name, points in self.curves.items()
         }
+
+    def body(self) -> dict[str, Any]:
+        """Return what report.json holds; numbers that are not defined are null."""
+        calibration = self.outcomes[0].calibration
         body = {
             "format_version": FORMAT_VERSION,
             **self.details,
@@ -152,7 +169,7 @@ class Report:
             "comparisons": self.comparisons,
             "leaks": self.leaks,
             "subsets": self.subsets,
-            "curves": curves,
+            "curves": self.curve_rows,
             "calibration": calibration and {name: array.tolist() for name, array in asdict(calibration).items()},
         }
         return _plain(body)
@@ -170,7 +187,7 @@ class Report:
             )
         for name, title in (("sweep", "Visible share"), ("noise", "Share of false genes in the prompt")):
             if name in self.curves:
-                shown.append(self._curve_table(title, self.curves[name]))
+                shown.append(self._curve_table(title, self.curve_rows[name]))
         return [one for one in shown if one.rows]
 
     def text(self) -> str:
@@ -259,23 +276,19 @@ class Report:
             groups.setdefault(row["subset"], []).append(row)
         header = (what, "sets", *(outcome.method for outcome in self.outcomes))
         shown = [
-            (
-                name, group[0]["sets"],
-                *(f"{row['recall']:.3f} ({row['significant']:,.1f})".replace(".0)", ")") for row in group),
-            )
+            (name, group[0]["sets"], *(_recall_cell(row, 1) for row in group))
             for name, group in list(groups.items())[:most]
-        ]  # fmt: skip
+        ]
         left = len(groups) - len(shown)
         more = f"; {left:,} more with fewer sets are in report.json" if left else ""
         return Table(title, header, shown, f"recall (sets significant){more}")
 
-    def _curve_table(self, title: str, points: list[tuple[float, list[Outcome]]]) -> Table:
-        header = (title.lower(), *(outcome.method for outcome in points[0][1]))
-        rows = [
-            (f"{share:.0%}", *(f"{row['recall']:.3f} ({row['significant']:,.0f})" for row in self._rows_of(outcomes)))
-            for share, outcomes in points
-        ]
-        return Table(title, header, rows, "recall (sets significant), first seed")
+    def _curve_table(self, title: str, rows: list[dict[str, Any]]) -> Table:
+        shown: dict[float, list[str]] = {}
+        for row in rows:
+            shown.setdefault(row["share"], [f"{row['share']:.0%}"]).append(_recall_cell(row, 0))
+        header = (title.lower(), *(outcome.method for outcome in self.outcomes))
+        return Table(title, header, list(shown.values()), "recall (sets significant), first seed")
 
 
 def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str) -> None:
@@ -287,9 +300,6 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
         vocabulary: names the drawn genes.
         completed_by: description of every set in completions.gmt.
     """
-    from tcc_jax.completion.page import write_page
-    from tcc_jax.completion.plots import draw_plots
-
     (folder / "report.json").write_text(
         json.dumps(report.body(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
@@ -305,14 +315,9 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
             ),
         )
     plots = draw_plots(report, folder) if can_plot() else []
-    write_page(folder / "report.html", report, plots)
-
-
-def can_plot() -> bool:
-    """Say whether matplotlib (the `plots` extra) is installed."""
-    import importlib.util
-
-    return importlib.util.find_spec("matplotlib") is not None
+    if not can_plot():
+        log('no plots: matplotlib is not installed (pip install "tcc-jax[plots]")')
+    _write_page(folder / "report.html", report, plots)
 
 
 def _per_set(report: Report) -> list[list[str]]:
@@ -337,7 +342,7 @@ def _per_set(report: Report) -> list[list[str]]:
         for index, one in enumerate(sets):
             jaccard = "" if report.best_jaccard_N is None else f"{report.best_jaccard_N[index]:.4g}"
             counts = (seed, len(one.visible), one.hidden_count, one.drawn_count, one.outside)
-            row = [_cell(one.name), _cell(one.library), *map(str, counts), jaccard]
+            row = [one_line(one.name), one_line(one.library), *map(str, counts), jaccard]
             rows.append(row + [column[seed][index] for column in values])
     return rows
 
@@ -357,6 +362,10 @@ def _number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
+def _recall_cell(row: dict[str, Any], digits: int) -> str:
+    return f"{row['recall']:.3f} ({row['significant']:,.{digits}f})".replace(".0)", ")")
+
+
 def _interval(metric: dict[str, Any]) -> str:
     return f"{metric['low']:.3f} to {metric['high']:.3f}"
 
@@ -365,9 +374,43 @@ def _short(value: float) -> str:
     return f"{value:.7g}" if math.isfinite(value) else ""
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _identifier(method: str) -> str:
     return method.lower().replace("-", "_").replace(" ", "_")
+
+
+def _write_page(path: Path, report: Report, plots: Sequence[Plot]) -> None:
+    # Nothing beside it is needed, every name that comes from data is escaped, and no script runs.
+    title = "Completion of gene sets"
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
+        *(f"<p>{html.escape(note)}</p>" for note in report.notes),
+        *(_html_table(one) for one in report.tables()),
+        *(_figure(plot, path.parent) for plot in plots),
+        _skipped(report),
+        "</body></html>",
+    ]
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
+    rows = ["".join(f"<td>{html.escape(cell(value))}</td>" for value in row) for row in table.rows]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    title = html.escape(table.title)
+    return f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def _figure(plot: Plot, folder: Path) -> str:
+    image = base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
+    caption = html.escape(plot.caption)
+    source = f"data:image/png;base64,{image}"
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _skipped(report: Report) -> str:
+    skipped = report.details.get("skipped", [])
+    items = [f"<li>{html.escape('{library}/{name}: {reason}'.format(**one))}</li>" for one in skipped]
+    return f"<h2>Sets that were skipped</h2><ul>{''.join(items)}</ul>" if items else ""

@@ -1,73 +1,28 @@
-"""The sets to complete: symbols from a user or a GMT file, or a split of a corpus, as ids of the model's vocabulary."""
+"""Gene sets as ids of the model's vocabulary: symbols of a user, GMT files, standard input, or a split of a corpus."""
 
 from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt
-from tcc_jax.corpus.similarity import Sets, nearest
+from tcc_jax.corpus.similarity import Sets, join_sets, nearest
 from tcc_jax.corpus.store import SPLITS, Corpus, Split
-from tcc_jax.corpus.symbols import SymbolTable
+from tcc_jax.corpus.symbols import Resolution, SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import UserError, log
 
 OUTSIDE = -1
 LibraryFrom = Literal["file", "description"]
 _NAMED, _NAMED_ON_SCREEN = 20, 5
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """A set as far as the vocabulary knows it.
-
-    Attributes:
-        name: the set's name.
-        library: the library it comes from.
-        ids: int32 ids of its genes, each once, in file order.
-        outside: genes that are not in the vocabulary.
-        line: int32 ids of all symbols on the set's line, each symbol once, in file order; `OUTSIDE` for one that is not
-            in the vocabulary. Two symbols of one gene make its id appear twice. Empty for sets of a corpus.
-    """
-
-    name: str
-    library: str
-    ids: np.ndarray
-    outside: int = 0
-    line: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-
-
-@dataclass
-class SymbolReport:
-    """What became of the symbols of all sets: a count of mentions for each way of mapping, and the ones left out."""
-
-    mentions: collections.Counter[str] = field(default_factory=collections.Counter)
-    not_mapped: collections.Counter[str] = field(default_factory=collections.Counter)
-    not_in_vocabulary: collections.Counter[str] = field(default_factory=collections.Counter)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the counts as JSON values; of what is left out, the most frequent symbols."""
-        return {
-            "mentions": dict(sorted(self.mentions.items())),
-            "not_mapped": _summary(self.not_mapped),
-            "not_in_vocabulary": _summary(self.not_in_vocabulary),
-        }
-
-    def lines(self) -> list[str]:
-        """Return what a user should know, one line each."""
-        how = ", ".join(f"{count:,} {name}" for name, count in self.mentions.most_common())
-        lines = [f"symbols as read: {how}"]
-        for what, counts in (("not mapped", self.not_mapped), ("not in the vocabulary", self.not_in_vocabulary)):
-            if counts:
-                few = ", ".join(list(_most(counts))[:_NAMED_ON_SCREEN])
-                lines.append(f"{what}: {len(counts):,} symbols, {counts.total():,} mentions (most often {few})")
-        return lines
 
 
 @dataclass(frozen=True)
@@ -80,40 +35,109 @@ class FoundGene:
     id: int | None
 
 
-def find_gene(written: str, table: SymbolTable, vocabulary: Vocabulary) -> FoundGene:
-    """Look a symbol up in the vocabulary: as it is written, else by its approved symbol."""
-    if written in vocabulary.ids:
-        return FoundGene(written, written, "approved", vocabulary.ids[written])
-    resolution = table.resolve(written)
-    id_ = vocabulary.ids.get(resolution.symbol) if resolution.symbol else None
-    return FoundGene(written, resolution.symbol, resolution.how, id_)
+@dataclass(frozen=True)
+class KnownSet:
+    """A set as far as the vocabulary knows it.
+
+    Attributes:
+        name: the set's name.
+        library: the library it comes from.
+        ids: int32 ids of its genes, each once, in file order.
+        outside: genes that are not in the vocabulary.
+        symbols: what became of each symbol on the set's line, in file order; empty for sets of a corpus.
+    """
+
+    name: str
+    library: str
+    ids: np.ndarray
+    outside: int = 0
+    symbols: tuple[FoundGene, ...] = ()
+
+    @property
+    def line(self) -> np.ndarray:
+        """int32 ids of `symbols`, `OUTSIDE` where there is none: an id stands twice where two symbols are one gene."""
+        return np.array([OUTSIDE if gene.id is None else gene.id for gene in self.symbols], np.int32)
 
 
-def sets_from_gmt(
-    paths: Sequence[str | Path], table: SymbolTable, vocabulary: Vocabulary, library_from: LibraryFrom = "file"
-) -> tuple[list[KnownSet], SymbolReport, Problems]:
-    """Read GMT files or folders of them.
+class GeneFinder:
+    """Finds symbols in a vocabulary: as they are written, else by their approved symbol.
 
     Args:
-        paths: GMT files and folders.
         table: maps symbols as written to approved ones.
         vocabulary: what the ids mean.
+    """
+
+    def __init__(self, table: SymbolTable, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._table = table
+        # Symbols repeat: each is looked up, and held in memory, once.
+        self._found: dict[str, FoundGene] = {}
+
+    def gene(self, written: str) -> FoundGene:
+        """Look one symbol up."""
+        if written not in self._found:
+            ids = self.vocabulary.ids
+            known = Resolution(written, "approved") if written in ids else self._table.resolve(written)
+            self._found[written] = FoundGene(written, known.symbol, known.how, ids.get(known.symbol or ""))
+        return self._found[written]
+
+    def known_set(self, name: str, library: str, symbols: Iterable[str]) -> KnownSet:
+        """Look the symbols of a set up; one that is given twice counts once."""
+        genes = tuple(self.gene(written) for written in dict.fromkeys(symbols))
+        ids = dict.fromkeys(gene.id for gene in genes if gene.id is not None)
+        outside = {gene.symbol or gene.written for gene in genes if gene.id is None}
+        return KnownSet(name, library, np.array(list(ids), np.int32), len(outside), genes)
+
+
+def read_sets(
+    paths: Sequence[str | Path], finder: GeneFinder, problems: Problems, library_from: LibraryFrom = "file"
+) -> Iterator[KnownSet]:
+    """Read sets from GMT files, or folders of them, as they are needed.
+
+    Args:
+        paths: the files and folders.
+        finder: looks their symbols up.
+        problems: where lines that could not be read are counted.
         library_from: a set's library is the file's name, or its description (the file's name where that is empty).
 
-    Returns:
-        The sets in file order (also those without a known gene), what became of their symbols, and the lines that could
-        not be read.
+    Yields:
+        The sets in file order, also those without a known gene.
 
     Raises:
         UserError: a file is missing or holds no usable set.
     """
-    sets, report, problems = [], SymbolReport(), Problems()
     for path in find_gmt_files(paths):
         for gene_set in read_gmt(path, problems):
             library = gene_set.description if library_from == "description" else ""
-            ids, outside, line = _known_ids(gene_set.genes, table, vocabulary, report)
-            sets.append(KnownSet(gene_set.name, library or library_name(path), ids, outside, line))
-    return sets, report, problems
+            yield finder.known_set(gene_set.name, library or library_name(path), gene_set.genes)
+
+
+def read_stream(stream: IO[bytes], finder: GeneFinder, problems: Problems) -> Iterator[KnownSet]:
+    """Read standard input to its end: GMT where the first line that is not blank holds a tab, else symbols of one set.
+
+    Raises:
+        UserError: nothing in it, or no usable line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Kept on disk, so that a stream of any size is read like any other GMT file.
+        path = Path(folder) / "stdin.gmt"
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(stream, copy)
+        with open(path, "rb") as lines:
+            first = next((line for line in lines if line.strip()), b"")
+        if not first:
+            raise UserError("standard input is empty; give GMT lines, or one gene a line")
+        if b"\t" not in first.strip():
+            text = path.read_bytes().decode("utf-8-sig", errors="replace")
+            yield finder.known_set("standard input", "", split_symbols(text))
+            return
+        try:
+            yield from read_sets([path], finder, problems)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "standard input")) from None
+        finally:
+            for places in problems.examples.values():
+                places[:] = [place.replace(str(path), "standard input") for place in places]
 
 
 def sets_from_corpus(corpus: Corpus, split: Split) -> list[KnownSet]:
@@ -132,12 +156,35 @@ def choose_sets(sets: list[KnownSet], limit: int | None, seed: int) -> list[Know
     return [sets[index] for index in np.sort(chosen)]
 
 
+def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[str]]:
+    """Say what became of the symbols of all sets.
+
+    Returns:
+        JSON values: mentions by the way of mapping, and of what is left out the most frequent symbols; and what a user
+        should know of that, one line each.
+    """
+    mentions: collections.Counter[str] = collections.Counter()
+    left_out = {"not_mapped": collections.Counter[str](), "not_in_vocabulary": collections.Counter[str]()}
+    for gene in (gene for one in sets for gene in one.symbols):
+        mentions[gene.how] += 1
+        if gene.id is None:
+            left_out["not_in_vocabulary" if gene.symbol else "not_mapped"][gene.symbol or gene.written] += 1
+    summary: dict[str, Any] = {"mentions": dict(sorted(mentions.items()))}
+    lines = ["symbols as read: " + ", ".join(f"{count:,} {how}" for how, count in mentions.most_common())]
+    for name, counts in left_out.items():
+        most = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NAMED])
+        summary[name] = {"symbols": len(counts), "mentions": counts.total(), "most_frequent": most}
+        if counts:
+            few = ", ".join(list(most)[:_NAMED_ON_SCREEN])
+            what = {"not_mapped": "not mapped", "not_in_vocabulary": "not in the vocabulary"}[name]
+            lines.append(f"{what}: {len(counts):,} symbols, {counts.total():,} mentions (most often {few})")
+    return summary, lines
+
+
 def training_sets(corpus: Corpus) -> Sets:
     """Return the training sets of a corpus as int32 ids, in memory: 4 bytes a mention."""
-    lengths = corpus.lengths
-    chosen = corpus.splits == SPLITS.index("train")
-    offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
-    return Sets(corpus.tokens[np.repeat(chosen, lengths)].astype(np.int32), offsets)
+    train = Sets(corpus.tokens, corpus.offsets).select(corpus.splits == SPLITS.index("train"))
+    return Sets(train.tokens.astype(np.int32), train.offsets)
 
 
 def best_training_jaccard(
@@ -152,9 +199,7 @@ def best_training_jaccard(
     """
     size = corpus.vocabulary.size
     # Genes that no training set can hold get numbers past the vocabulary.
-    tokens = [np.concatenate([one.ids, size + np.arange(one.outside)]).astype(np.int32) for one in sets]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(np.int64)
-    queries = Sets(np.concatenate([*tokens, np.empty(0, np.int32)]), offsets)
+    queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
     num_genes = size + max((one.outside for one in sets), default=0)
     return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
 
@@ -164,7 +209,7 @@ def split_symbols(text: str) -> list[str]:
     return [symbol for symbol in re.split(r"[\s,;]+", text) if symbol]
 
 
-def read_background(path: str | Path, table: SymbolTable, vocabulary: Vocabulary) -> np.ndarray:
+def read_background(path: str | Path, finder: GeneFinder) -> np.ndarray:
     """Read the genes an experiment could have found, as `split_symbols` takes them from the file.
 
     Returns:
@@ -175,44 +220,16 @@ def read_background(path: str | Path, table: SymbolTable, vocabulary: Vocabulary
     """
     try:
         symbols = split_symbols(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--background {path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"--background {path}: not a text file; give one gene symbol a line") from None
-    ids, outside, _ = _known_ids(dict.fromkeys(symbols), table, vocabulary, SymbolReport())
-    if not len(ids):
+    known = finder.known_set("", "", symbols)
+    if not len(known.ids):
         raise UserError(f"--background {path}: no gene of the vocabulary in it; give one gene symbol a line")
-    if outside:
-        log(f"--background {path}: {len(ids):,} genes; {outside:,} others, outside the vocabulary, are left out")
-    background_V = np.zeros(vocabulary.size, bool)
-    background_V[ids] = True
+    if known.outside:
+        others = f"{known.outside:,} others, outside the vocabulary, are left out"
+        log(f"--background {path}: {len(known.ids):,} genes; {others}")
+    background_V = np.zeros(finder.vocabulary.size, bool)
+    background_V[known.ids] = True
     return background_V
-
-
-def _known_ids(
-    symbols: Iterable[str], table: SymbolTable, vocabulary: Vocabulary, report: SymbolReport
-) -> tuple[np.ndarray, int, np.ndarray]:
-    ids: dict[int, None] = {}
-    outside: set[str] = set()
-    line: list[int] = []
-    for written in symbols:
-        gene = find_gene(written, table, vocabulary)
-        report.mentions[gene.how] += 1
-        line.append(OUTSIDE if gene.id is None else gene.id)
-        if gene.id is not None:
-            ids[gene.id] = None
-            continue
-        outside.add(gene.symbol or written)
-        if gene.symbol is None:
-            report.not_mapped[written] += 1
-        else:
-            report.not_in_vocabulary[gene.symbol] += 1
-    return np.array(list(ids), np.int32), len(outside), np.array(line, np.int32)
-
-
-def _summary(counts: collections.Counter[str]) -> dict[str, Any]:
-    return {"symbols": len(counts), "mentions": counts.total(), "most_frequent": _most(counts)}
-
-
-def _most(counts: collections.Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NAMED])

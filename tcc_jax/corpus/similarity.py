@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +52,18 @@ class Sets:
         """Return the same sets with only the mentions of a boolean mask [mentions]; sets may become empty."""
         return _from_lengths(self.tokens[mask], self.sum(mask))
 
-    def matrix(self, num_genes: int) -> scipy.sparse.csr_array:
-        """Return the [sets, num_genes] int32 incidence matrix."""
-        ones = np.ones(len(self.tokens), np.int32)
-        return scipy.sparse.csr_array((ones, self.tokens, self.offsets), shape=(len(self), num_genes))
+    def matrix(self, num_genes: int, values: np.ndarray | None = None) -> scipy.sparse.csr_array:
+        """Return a [sets, num_genes] matrix of per-mention values; without any, the int32 incidence matrix."""
+        values = np.ones(len(self.tokens), np.int32) if values is None else values
+        return scipy.sparse.csr_array((values, self.tokens, self.offsets), shape=(len(self), num_genes))
 
 
-def _from_lengths(tokens: np.ndarray, lengths: np.ndarray) -> Sets:
+def join_sets(sets: Sequence[np.ndarray]) -> Sets:
+    """Return sets given one by one, as arrays of gene numbers, in two flat arrays."""
+    return _from_lengths(np.concatenate([*sets, np.empty(0, np.int32)]).astype(np.int32), [len(one) for one in sets])
+
+
+def _from_lengths(tokens: np.ndarray, lengths: np.ndarray | list[int]) -> Sets:
     return Sets(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 

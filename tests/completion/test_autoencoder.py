@@ -1,3 +1,7 @@
+import itertools
+import math
+
+import jax
 import numpy as np
 import optax
 import pytest
@@ -55,7 +59,9 @@ def test_the_network_is_that_of_gsfm(corpus, folder):
     for row, ids in zip(x, visible, strict=True):
         row[ids] = 1
     for layer in range(3):
-        x = np.maximum(x @ weights[f"weight{layer}"] + weights[f"bias{layer}"], 0)
+        x = x @ weights[f"weight{layer}"] + weights[f"bias{layer}"]
+        # The bottleneck is linear.
+        x = x if layer == 1 else np.maximum(x, 0)
     expected = x @ weights["weight3"] + weights["bias3"]
     scores = autoencoder.Autoencoder(corpus, folder, STEPS)(visible)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
@@ -68,3 +74,59 @@ def test_the_output_starts_at_the_log_odds_of_each_gene(corpus, tmp_path, monkey
         bias = file["bias3"]
     share = corpus.vocabulary.counts[NUM_SPECIAL:] / len(corpus.indices("train"))
     np.testing.assert_allclose(bias[NUM_SPECIAL:], np.log(share / (1 - share)), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_binary_cross_entropy(corpus):
+    params = autoencoder._initial(corpus, 0)
+    rng = np.random.default_rng(0)
+    sets = [NUM_SPECIAL + rng.choice(60, length, replace=False).astype(np.int32) for length in (1, 9, 30)]
+    visible, hidden = [one[:3] for one in sets], [one[3:] for one in sets]
+    size = corpus.vocabulary.size
+    target = np.zeros((3, size), np.float32)
+    for row, ids in enumerate(hidden):
+        target[row, ids] = 1
+
+    def loss(params):
+        logits = autoencoder._logits(params, autoencoder._flat(visible), 3)
+        return optax.sigmoid_binary_cross_entropy(logits, target).sum() / 3
+
+    expected = jax.grad(loss)(params)
+    found = autoencoder._gradients(params, autoencoder._flat(visible), autoencoder._flat(hidden), 3, None)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_set_is_seen_once_in_a_pass(corpus, monkeypatch):
+    monkeypatch.setattr(autoencoder, "_BATCH", 9)
+    batches = autoencoder._batches(corpus, np.random.default_rng(0))
+    train = sorted(sorted(corpus.genes(int(index)).tolist()) for index in corpus.indices("train"))
+    for _ in range(2):
+        seen = []
+        for visible, hidden in itertools.islice(batches, len(train) // 9):
+            for row in range(9):
+                parts = [one.ids_P[(one.rows_P == row) & (one.ids_P != 0)] for one in (visible, hidden)]
+                assert len(parts[0]) == max(1, round(0.2 * sum(map(len, parts))))
+                seen.append(sorted(np.concatenate(parts).tolist()))
+        assert sorted(seen) == train
+
+
+def test_untrained_it_projects_onto_principal_components(corpus, monkeypatch):
+    monkeypatch.setattr(autoencoder, "_COMPONENTS", 20)
+    sets = [corpus.genes(int(index)).astype(int) for index in corpus.indices("train")]
+    rows = np.zeros((len(sets), corpus.vocabulary.size))
+    for row, genes in zip(rows, sets, strict=True):
+        row[genes] = len(genes) ** -0.5
+    vectors = np.linalg.svd(rows)[2][:20]
+    params = autoencoder._initial(corpus, 0)
+    visible = np.array([17, 40, 41], np.int32)
+    expected = autoencoder._GAIN * vectors[:, visible].sum(1) @ vectors + np.asarray(params["bias3"])
+    scores = np.asarray(autoencoder._logits(params, autoencoder._flat([visible]), 1))[0]
+    # But for the noise of the other weights.
+    np.testing.assert_allclose(scores[NUM_SPECIAL:], expected[NUM_SPECIAL:], atol=0.5)
+    assert np.ptp(expected[NUM_SPECIAL:]) > 5
+
+
+def test_a_small_corpus_is_seen_at_most_fifty_times(corpus, tmp_path):
+    scorer = autoencoder.Autoencoder(corpus, tmp_path)
+    assert scorer.steps == math.ceil(50 * 54 / 512) and 50 <= scorer.passes < 60

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tcc_jax.completion.metrics import METRICS, best_ids, num_candidates, rank_keys, ranks_of, set_metrics
+from tcc_jax.completion.evaluation import METRICS, best_ids, num_candidates, rank_keys, ranks_of, set_metrics
 from tcc_jax.completion.protocol import genes_of
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 

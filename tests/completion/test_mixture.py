@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion import mixture as module
-from tcc_jax.completion.baselines import SetNeighbours
-from tcc_jax.completion.ease import Ease
+from tcc_jax.completion.baselines import Ease, SetNeighbours
+from tcc_jax.completion.fitting import validation_masks
 from tcc_jax.completion.mixture import EASE_WEIGHTS, VOTE_WEIGHTS, Mixture, tuned_mixture
 from tcc_jax.completion.model import load
 from tcc_jax.completion.ranker import rank
-from tcc_jax.completion.tuning import validation_masks
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import make_corpus, make_run
 

@@ -150,7 +150,14 @@ def test_all_genes_known_leaves_nothing_to_propose(model):
         (["XXXXXXX"], 5, "XXXXXXX: not in the vocabulary"),
         ([], 5, "no gene"),
         ([["G1"], []], 5, "no gene"),
-        ("G1", 5, "pass a list"),
+        ("G1", 5, "'G1': pass symbols as a list"),
+        (None, 5, "None: pass symbols as a list"),
+        ({"G1"}, 5, "pass symbols as a list"),
+        ([1, 2], 5, "1: pass symbols as a list"),
+        ([["G1"], "G2"], 5, "'G2': pass symbols as a list"),
+        (["G1", ["G2"]], 5, "'G1': pass symbols as a list"),
+        (["G1"], 2.5, "number = 2.5"),
+        (["BRCC1"], 5, "BRCC1: not in the vocabulary"),
         (["G1"], 0, "number = 0"),
         (["G1/G2"], 5, "G1/G2: not in the vocabulary"),
         (["G1\tG2"], 5, "not in the vocabulary"),
@@ -175,8 +182,18 @@ def test_the_background_limits_the_candidates(model):
     drawn = model.complete(["G1"], background=background, sampling=Sampling())
     shares = {one.symbol: one.probability for one in proposals}
     assert {one.symbol: one.probability for one in drawn} == pytest.approx(shares, rel=1e-4)
+    assert model.complete(["G1"], background=set(background)) == proposals
     with pytest.raises(UserError, match="background"):
         model.complete(["G1"], background=["XX"])
+    with pytest.raises(UserError, match="'G5': pass symbols"):
+        model.complete(["G1"], background="G5")
+
+
+def test_an_outdated_symbol_is_told_the_approved_one(model):
+    vocabulary = dataclasses.replace(model.vocabulary, symbols=(*model.vocabulary.symbols[:-1], "KMT2A"))
+    renamed = Model(dataclasses.replace(model.checkpoint, vocabulary=vocabulary))
+    with pytest.raises(UserError, match="MLL: not an approved symbol; the approved one is KMT2A"):
+        renamed.complete(["MLL"])
 
 
 def test_permutations_average_log_probabilities(model):

@@ -9,7 +9,7 @@ from tcc_jax.completion.protocol import (
     rarest_third,
     read_drawn_counts,
 )
-from tcc_jax.completion.sets import OUTSIDE, KnownSet
+from tcc_jax.completion.sets import OUTSIDE, FoundGene, KnownSet
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError
 
@@ -22,7 +22,8 @@ def known_set(length, outside=0, start=NUM_SPECIAL):
 
 def set_on_a_line(name, *ids):
     line = np.array(ids, np.int32)
-    return KnownSet(name, "lib", np.unique(line[line != OUTSIDE]), int((line == OUTSIDE).sum()), line)
+    symbols = tuple(FoundGene(str(id_), None, "", None if id_ == OUTSIDE else id_) for id_ in ids)
+    return KnownSet(name, "lib", np.unique(line[line != OUTSIDE]), int((line == OUTSIDE).sum()), symbols)
 
 
 @pytest.mark.parametrize(("length", "visible"), [(2, 1), (3, 1), (7, 1), (8, 2), (12, 2), (13, 3), (1000, 200)])
@@ -81,7 +82,7 @@ def test_false_genes_make_up_their_share_of_the_prompt(share, false):
 
 def test_the_last_genes_of_a_line_are_hidden():
     sets = [set_on_a_line("a", 20, OUTSIDE, 21, 22, 23, OUTSIDE, 20, 24)]
-    counts = [DrawnCounts("a", hidden=5, drawn=9, universe=44_902, line=2)]
+    counts = [DrawnCounts(hits=2, hidden=5, drawn=9, universe=44_902, line=2)]
     one = mask_last_genes(sets, counts, draw_hidden=False, num_candidates=1500)[0]
     assert one.visible.tolist() == [20, 21]
     # The gene that is unknown and the one that is visible already can't be found, and still count.
@@ -92,7 +93,7 @@ def test_the_last_genes_of_a_line_are_hidden():
 
 def test_no_set_of_the_tcc_protocol_is_left_out():
     sets = [set_on_a_line("a", OUTSIDE, 20, 21), set_on_a_line("b", 20, OUTSIDE)]
-    counts = [DrawnCounts("a", 2, 0, 44_902, 2), DrawnCounts("b", 1, 3, 44_902, 3)]
+    counts = [DrawnCounts(0, 0, 2, 44_902, 2), DrawnCounts(0, 3, 1, 44_902, 3)]
     first, second = mask_last_genes(sets, counts, False, 1500)
     assert len(first.visible) == 0 and first.drawn_count == 0
     assert len(second.hidden) == 0 and second.hidden_count == 1
@@ -101,12 +102,12 @@ def test_no_set_of_the_tcc_protocol_is_left_out():
 @pytest.mark.parametrize("hidden", [0, 3, 4])
 def test_counts_that_a_line_cannot_have(hidden):
     with pytest.raises(UserError, match="line 7 of the drawn counts"):
-        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts("a", hidden, 1, 44_902, 7)], False, 1500)
+        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts(0, 1, hidden, 44_902, 7)], False, 1500)
 
 
 def test_more_drawn_than_there_are():
     with pytest.raises(UserError, match="line 7 of the drawn counts: 1,500 drawn"):
-        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts("a", 2, 1500, 44_902, 7)], False, 1500)
+        mask_last_genes([set_on_a_line("a", 20, 21, 22)], [DrawnCounts(0, 1500, 2, 44_902, 7)], False, 1500)
 
 
 SETS = [known_set(5), known_set(6)]
@@ -117,8 +118,8 @@ FIRST, SECOND = "lib\tset of 5\t1\t2\t3\t94\t0.5\n", "lib\tset of 6\t0\t4\t0\t96
 def test_drawn_counts_are_read(tmp_path):
     (tmp_path / "counts.tsv").write_text(HEADER + FIRST + SECOND)
     assert read_drawn_counts(tmp_path / "counts.tsv", SETS) == [
-        DrawnCounts("set of 5", 3, 4, 100, 2),
-        DrawnCounts("set of 6", 4, 0, 100, 3),
+        DrawnCounts(1, 4, 3, 100, 2),
+        DrawnCounts(0, 0, 4, 100, 3),
     ]
 
 

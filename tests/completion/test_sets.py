@@ -5,13 +5,15 @@ import pytest
 
 from tcc_jax.completion.sets import (
     OUTSIDE,
+    GeneFinder,
     KnownSet,
     best_training_jaccard,
     choose_sets,
     read_background,
-    sets_from_gmt,
+    read_sets,
     training_sets,
 )
+from tcc_jax.corpus.gmt import Problems
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError
@@ -30,11 +32,12 @@ def table(tmp_path):
 
 def test_lines_keep_their_order_and_unknown_genes(tmp_path, corpus, table):
     (tmp_path / "file.gmt").write_text("a\tsource\tG3\tOLD1\tNOPE\tG1\tG3\tG0\nb\t\tG5\n")
-    sets, *_ = sets_from_gmt([tmp_path / "file.gmt"], table, corpus.vocabulary, "description")
+    finder, problems = GeneFinder(table, corpus.vocabulary), Problems()
+    sets = list(read_sets([tmp_path / "file.gmt"], finder, problems, "description"))
     assert sets[0].line.tolist() == [NUM_SPECIAL + 3, NUM_SPECIAL + 1, OUTSIDE, NUM_SPECIAL + 1, NUM_SPECIAL]
     assert sets[0].ids.tolist() == [NUM_SPECIAL + 3, NUM_SPECIAL + 1, NUM_SPECIAL]
     assert [one.library for one in sets] == ["source", "file"]
-    sets, *_ = sets_from_gmt([tmp_path / "file.gmt"], table, corpus.vocabulary)
+    sets = list(read_sets([tmp_path / "file.gmt"], finder, problems))
     assert [one.library for one in sets] == ["file", "file"]
 
 
@@ -65,7 +68,7 @@ def test_choose_sets():
 def test_background(tmp_path, corpus, table, capsys):
     path = tmp_path / "background.txt"
     path.write_text("G0\nOLD1 G7\tNOPE\nG99\n")
-    background = read_background(path, table, corpus.vocabulary)
+    background = read_background(path, GeneFinder(table, corpus.vocabulary))
     assert np.flatnonzero(background).tolist() == [NUM_SPECIAL, NUM_SPECIAL + 1, NUM_SPECIAL + 7]
     assert "3 genes; 2 others" in capsys.readouterr().err
 
@@ -76,4 +79,4 @@ def test_bad_backgrounds(tmp_path, corpus, table, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"--background .*background\.txt"):
-        read_background(path, table, corpus.vocabulary)
+        read_background(path, GeneFinder(table, corpus.vocabulary))
