@@ -149,6 +149,23 @@ def write_object(path: Path, content: bytes) -> None:
         raise OSError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one rename, on the disk before it takes the place of the old one; or one object of a bucket."""
+    if is_remote(path):
+        write_object(path, text.encode())
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def read_small(path: Path) -> str:
     """Return the text of a small file that somebody may replace meanwhile: of a bucket, in one request."""
     return _store().cat_file(_key(path)).decode() if is_remote(path) else path.read_text(encoding="utf-8")

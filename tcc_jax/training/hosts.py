@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ _BEAT_SECONDS = 1.0
 # How long a process may be silent once a collective operation has failed here: somebody is gone, and it shows soon.
 _SILENCE_AFTER_FAILURE = 5.0
 _ALIVE, _VERDICT, _DONE = "tcc_jax/alive/", "tcc_jax/verdict", "done"
+_PARTS, _TOLD, _AS_LONG_AS_IT_TAKES = "tcc_jax/parts/", ":", 2**31 - 1
+_numbers = itertools.count()
 
 
 def find_hosts(hosts: HostsConfig, environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
@@ -91,6 +94,37 @@ def join_hosts(hosts: HostsConfig) -> Peers | None:
             "with the same coordinator and count and each with its own index"
         ) from None
     return Peers(hosts.timeout_seconds) if jax.process_count() > 1 else None
+
+
+def all_or_none(failure: str, finish: Callable[[], str]) -> str:
+    """Let the first process finish what every process has done its part of; return why not, the same on all of them.
+
+    Called by all as often and in the same order, from any one thread: it is no collective operation of the devices.
+
+    Args:
+        failure: why this process's part failed, or "".
+        finish: called on the first process alone, once no part has failed; returns why it could not, or "".
+    """
+    if jax.process_count() == 1:
+        return failure or finish()
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None
+    client, prefix = global_state.client, f"{_PARTS}{next(_numbers)}/"
+
+    def hear(index: int) -> str:
+        # A process that dies instead is seen by the watch, which ends this one.
+        return client.blocking_key_value_get(f"{prefix}{index}", _AS_LONG_AS_IT_TAKES).removeprefix(_TOLD)
+
+    if jax.process_index():
+        client.key_value_set(f"{prefix}{jax.process_index()}", _TOLD + failure)
+        return hear(0)
+    failures = [failure, *map(hear, range(1, jax.process_count()))]
+    if not any(failures):
+        failures = [finish()]
+    answer = "; ".join(f"process {index}: {failure}" for index, failure in enumerate(failures) if failure)
+    client.key_value_set(f"{prefix}0", _TOLD + answer)
+    return answer
 
 
 class Peers:

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tcc_jax.storage import is_remote, read_small
+from tcc_jax.storage import is_remote, read_small, replace_text
 from tcc_jax.terminal import UserError, log
-from tcc_jax.training.records import replace_text
 
 LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"

@@ -40,9 +40,9 @@ from tcc_jax.training.metrics import model_flops_utilization
 from tcc_jax.training.metrics_file import MetricsFile
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.profiling import Profile
-from tcc_jax.training.records import read_record, step_folder
 from tcc_jax.training.report import Report
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
+from tcc_jax.training.saving import read_record, step_folder
 from tcc_jax.training.sharding import make_mesh, over_devices, replicated, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
@@ -225,9 +225,6 @@ class Run:
                 batch, arrays = self._fetch(batches)
             due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
             stopping, save_by_time = agreed.exchange(bool(stop), due)
-            if jax.process_count() > 1:
-                # The others wait in this save for the host where it failed: better an end than a wait of many minutes.
-                self._insist_on_saves()
             self._read(in_flight, late, state)
             evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)
             saves = is_last or stopping or save_by_time or step % config.checkpoint.every_steps == 0
@@ -303,9 +300,6 @@ class Run:
 
     def _await_last_save(self) -> None:
         self.checkpoints.wait()
-        self._insist_on_saves()
-
-    def _insist_on_saves(self) -> None:
         if self.checkpoints.failure:
             raise UserError(
                 f"{self.directory.path}: {self.checkpoints.failure}; mend it, then the same command goes on from the "

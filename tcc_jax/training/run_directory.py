@@ -32,12 +32,11 @@ import jax
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.storage import check_bucket, is_remote, names_in
+from tcc_jax.storage import check_bucket, is_remote, names_in, replace_text
 from tcc_jax.terminal import UserError, log
 from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
 from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
 from tcc_jax.training.mirror import Mirror, mirrored
-from tcc_jax.training.records import replace_text
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"

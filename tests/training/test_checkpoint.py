@@ -197,18 +197,6 @@ def test_which_checkpoints_are_kept():
     assert steps_to_keep([10, 20, 30, 40, 50], 1, 20, {}) == {20, 40, 50}
 
 
-def test_weights_of_format_1_open_and_a_run_does_not_go_on_from_them(copy):
-    for step in (3, 12):
-        folder = copy / "checkpoints" / str(step)
-        record = json.loads((folder / "checkpoint.json").read_text())
-        (folder / "checkpoint.json").unlink()
-        (folder / "meta").mkdir()
-        (folder / "meta" / "metadata").write_text(json.dumps(record | {"format_version": 1}))
-    assert read_checkpoint(copy).step == 12
-    with pytest.raises(UserError, match=r"checkpoint format 1 can be used, but not gone on with.*--init-from"):
-        find_checkpoint(copy, "latest", print)
-
-
 def test_another_format_is_refused(copy):
     file = copy / "checkpoints" / "12" / "checkpoint.json"
     meta = json.loads(file.read_text())

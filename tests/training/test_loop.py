@@ -23,7 +23,7 @@ from tcc_jax.training.locks import flock
 from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
-from tcc_jax.training.records import whole_steps
+from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.sharding import shard_batch
 from tcc_jax.training.state import abstract_state
 from tests.integration.runs import CLOCK
