@@ -35,18 +35,15 @@ from tcc_jax.training.checkpoint import (
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.hosts import Peers
-from tcc_jax.training.metrics import model_flops_utilization
-from tcc_jax.training.metrics_file import MetricsFile
+from tcc_jax.training.hosts import Agreement, Peers
+from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
-from tcc_jax.training.profiling import Profile
-from tcc_jax.training.report import Report
+from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
 from tcc_jax.training.saving import read_record, step_folder
-from tcc_jax.training.sharding import make_mesh, over_devices, replicated, rows_here, shard_batch
+from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
-from tcc_jax.training.tensorboard import Board, require_tensorboard
 from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
 SKIPPED_FOLDER = "skipped"
@@ -260,8 +257,12 @@ class Run:
     def _give_up(self, step: int, skips: int, batch: Batch, state: TrainState | None) -> None:
         name = f"{SKIPPED_FOLDER}/step-{step}-host-{jax.process_index()}.npz"
         file = self.directory.path / name
-        (self.directory.local / SKIPPED_FOLDER).mkdir(exist_ok=True)
-        np.savez(self.directory.local / name, **batch)  # type: ignore[arg-type]
+        where = f"the batch is in {file}"
+        try:
+            (self.directory.local / SKIPPED_FOLDER).mkdir(exist_ok=True)
+            np.savez(self.directory.local / name, **batch)  # type: ignore[arg-type]
+        except OSError as error:
+            where = f"the batch could not be written to {file} ({error.strerror})"
         if state is not None:
             # Its parameters are those of the last good update.
             self._save(step, state, evaluation_due=False)
@@ -269,7 +270,7 @@ class Run:
         last = self.checkpoints.saved_step or self.first
         raise UserError(
             f"step {step}: the loss or its gradient was not finite {skips} times in a row; none of these updates was "
-            f"made, the batch is in {file}, the last checkpoint is of step {last}; "
+            f"made, {where}, the last checkpoint is of step {last}; "
             "a lower optimizer.learning_rate or a longer warm-up may help"
         )
 
@@ -287,8 +288,9 @@ class Run:
             raise Abandoned
 
     def _save(self, step: int, state: TrainState, evaluation_due: bool) -> None:
+        self.directory.check()
         meta = describe(self.config, self.corpus, step, self.report.seconds())
-        meta |= {"window": self.report.window_sums(), "evaluation_due": evaluation_due}
+        meta |= self.report.to_keep() | {"evaluation_due": evaluation_due}
         self.checkpoints.save(step, state, meta)
 
     def _stopped(self, step: int) -> None:
@@ -305,32 +307,6 @@ class Run:
                 f"{self.directory.path}: {self.checkpoints.failure}; mend it, then the same command goes on from the "
                 "checkpoint before"
             )
-
-
-class Agreement:
-    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read as late.
-
-    Args:
-        mesh: the devices.
-        late: how many calls later the flags of several hosts are read.
-    """
-
-    def __init__(self, mesh: Mesh, late: int) -> None:
-        self._mesh, self._late = mesh, late
-        self._pending: collections.deque[jax.Array] = collections.deque()
-        self._any = jax.jit(lambda flags_NK: jnp.max(flags_NK, axis=0), out_shardings=replicated(mesh))
-
-    def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Return, for each flag, whether any host raised it: in this call on a single host, else `late` calls ago."""
-        if jax.process_count() == 1:
-            return flags
-        local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
-        with jax.transfer_guard_host_to_device("allow"):
-            flags_NK = jax.make_array_from_process_local_data(over_devices(self._mesh), local_NK)
-        self._pending.append(self._any(flags_NK))
-        if len(self._pending) <= self._late:
-            return (False,) * len(flags)
-        return tuple(bool(flag) for flag in jax.device_get(self._pending.popleft()))
 
 
 def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> TrainState:

@@ -9,8 +9,7 @@ checkpoints/STEP  `tcc_jax.training.checkpoint`; STEP.damaged was put aside by -
 skipped/          batches whose loss was not finite, when that stopped the run
 status.json       state, step, time: replaced whole, for scripts that poll
 
-In a bucket everything but the checkpoints is written in a folder of this machine, and copied from there
-(`tcc_jax.training.mirror`).
+In a bucket everything but the checkpoints is written in a folder of this machine, and copied from there.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import re
 import socket
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,10 @@ import jax
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.storage import check_bucket, is_remote, names_in, replace_text
+from tcc_jax.storage import check_bucket, copy_file, is_remote, names_in, replace_text, write_object
 from tcc_jax.terminal import UserError, log
 from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
 from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
-from tcc_jax.training.mirror import Mirror, mirrored
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -47,7 +48,8 @@ STATUS_VERSION = 1
 _LAST = ("finished", "stopped", "failed")
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
 # What a process killed inside `replace_text` leaves behind.
-_HALF_WRITTEN = re.compile(r"\.[a-z]+\.json\.\d+\.tmp")
+_HALF_WRITTEN = re.compile(r"\.[a-z]+\.jsonl?\.\d+\.tmp")
+_COPY_SECONDS = 10.0
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "SLURM_JOB_ID")
 
 
@@ -57,6 +59,7 @@ class RunDirectory:
     Args:
         path: the folder, which may lie in a bucket.
         steps: of the whole run, for status.json.
+        is_held: whether the folder is still held, as `tcc_jax.training.locks.hold` gives it.
         mirror: what keeps the small files of a run in a bucket.
 
     Attributes:
@@ -64,12 +67,12 @@ class RunDirectory:
         local: where all other files are written: the same folder, or the one that is copied into the bucket.
     """
 
-    def __init__(self, path: Path, steps: int, mirror: Mirror | None = None) -> None:
-        self.path, self.local = path, mirror.local if mirror else path
+    def __init__(self, path: Path, steps: int, is_held: Callable[[], bool], mirror: Mirror | None) -> None:
+        self.path, self.local, self._is_held = path, mirror.local if mirror else path, is_held
         self._mirror = mirror
         self._writes = jax.process_index() == 0
         self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
-        self._written = 0.0
+        self._written = -math.inf
 
     def status(self, state: str, **values: Any) -> None:
         """Replace status.json; where only numbers change, at most once a second.
@@ -79,7 +82,8 @@ class RunDirectory:
                 process that was killed leaves what it did last: `pid`, `host` and an old `time` tell.
             values: `step` (taken), `checkpoint` (latest step saved, or null), `loss`, `message`.
         """
-        now = time.time()
+        # Not the wall clock, which may be set back.
+        now = time.monotonic()
         changed = state != self._status["state"] or values.keys() & {"message", "checkpoint"}
         self._status |= {"state": state} | values
         if not self._writes or (not changed and now - self._written < 1):
@@ -88,7 +92,7 @@ class RunDirectory:
         stamp = {"pid": os.getpid(), "host": socket.gethostname(), "time": _time()}
         # A full disk must not end a run for the sake of its status.
         with contextlib.suppress(OSError):
-            replace_text(self.local / STATUS_FILE, json.dumps(self._status | stamp) + "\n")
+            replace_text(self.local / STATUS_FILE, json.dumps(self._status | stamp) + "\n", durable=False)
         if state in _LAST:
             # The process may end before the bucket is looked after again.
             with contextlib.suppress(OSError):
@@ -104,6 +108,16 @@ class RunDirectory:
         if self._writes:
             with contextlib.suppress(OSError), open(self.local / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(f"{_time()} {message}\n")
+
+    def check(self) -> None:
+        """Check that the folder is still held.
+
+        Raises:
+            UserError: it was removed, renamed or replaced, perhaps by another run; nothing more is written into it.
+        """
+        if not self._is_held():
+            self._writes = False
+            raise UserError(f"{self.path}: removed, renamed or replaced while this run was writing into it")
 
     def sync(self) -> None:
         """Copy what has changed into the bucket of a run that lies in one.
@@ -122,7 +136,7 @@ class RunDirectory:
         vocabulary.write(self.local / VOCABULARY_FILE)
         path = self.local / ENVIRONMENT_FILE
         try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+            starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
         except (OSError, ValueError, KeyError, TypeError):
             starts = []
         starts.append(
@@ -151,8 +165,8 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
         UserError: a bucket that cannot be listed, a file, a folder that is no run, or a run another process works on.
     """
     check_bucket(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file; choose another run.directory")
+    if not path.is_dir() and (path.exists() or os.path.islink(path)):
+        raise UserError(f"{path}: is a file or a broken link; choose another run.directory")
     is_run = (path / CONFIG_FILE).exists() or jax.process_index() > 0
     if not is_run and not all(_is_ours(name) for name in names_in(path)):
         raise UserError(f"{path}: not empty and not a run of tcc_jax; choose another run.directory")
@@ -161,9 +175,9 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(hold(path, _overtaken))
-        directory = RunDirectory(path, steps, stack.enter_context(_mirror(path)) if is_remote(path) else None)
+        is_held = stack.enter_context(hold(path, _overtaken)) if jax.process_index() == 0 else lambda: True
+        mirror = stack.enter_context(_mirror(path)) if is_remote(path) else None
+        directory = RunDirectory(path, steps, is_held, mirror)
         if jax.process_index() == 0:
             for name in names_in(directory.local):
                 if _HALF_WRITTEN.fullmatch(name):
@@ -175,6 +189,95 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
             if made and not (path / CONFIG_FILE).exists():
                 _remove(path, made)
             raise
+
+
+class Mirror:
+    """Copies the files of a local folder into a bucket, each whole, as soon as `sync` finds them changed.
+
+    Hidden files are left out. A file that is gone from the folder stays in the bucket.
+
+    Args:
+        local: the folder.
+        remote: the folder of the bucket.
+        names: files of the bucket to begin with, where they exist.
+        first: nothing is copied before this file is there; None begins at once.
+    """
+
+    def __init__(self, local: Path, remote: Path, names: Iterable[str], first: str | None = None) -> None:
+        self.local, self._remote, self._first = local, remote, first
+        self._lock = threading.Lock()
+        for name in names:
+            # What a run that starts does not have yet.
+            with contextlib.suppress(FileNotFoundError):
+                copy_file(remote / name, local / name)
+        self._copied = self._versions()
+
+    def sync(self) -> None:
+        """Copy what has changed.
+
+        Raises:
+            OSError: a file cannot be written; it is tried again the next time.
+        """
+        with self._lock:
+            if self._first and not (self.local / self._first).exists():
+                return
+            for path, version in self._versions().items():
+                if self._copied.get(path) != version:
+                    write_object(self._remote / path.relative_to(self.local).as_posix(), path.read_bytes())
+                    self._copied[path] = version
+
+    def _versions(self) -> dict[Path, tuple[int, int]]:
+        versions = {}
+        for path in sorted(self.local.rglob("[!.]*")):
+            # Taken before the content is read: what is written in between is copied the next time.
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    versions[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+        return versions
+
+
+@contextlib.contextmanager
+def mirrored(
+    remote: Path,
+    names: Iterable[str],
+    first: str | None,
+    warn: Callable[[str], None],
+    every_seconds: float = _COPY_SECONDS,
+) -> Iterator[Mirror]:
+    """Keep a temporary local folder and a folder of a bucket alike; what cannot be copied is told and tried again.
+
+    Args:
+        remote: the folder of the bucket.
+        names: files of the bucket to begin with, where they exist.
+        first: nothing is copied before this file is there; None begins at once.
+        warn: where failures are told, once until a copy succeeds.
+        every_seconds: time between two looks at the folder; one object takes about one write a second.
+    """
+    with tempfile.TemporaryDirectory(prefix="tcc_jax-run-") as folder:
+        mirror, done, failed = Mirror(Path(folder), remote, names, first), threading.Event(), False
+
+        def attempt() -> None:
+            nonlocal failed
+            try:
+                mirror.sync()
+                failed = False
+            except OSError as error:
+                if not failed:
+                    warn(f"warning: {error}; tried again until it can")
+                failed = True
+
+        def watch() -> None:
+            while not done.wait(every_seconds):
+                attempt()
+
+        thread = threading.Thread(target=watch, name="mirror", daemon=True)
+        thread.start()
+        try:
+            yield mirror
+        finally:
+            done.set()
+            thread.join()
+            attempt()
 
 
 def _mirror(path: Path) -> contextlib.AbstractContextManager[Mirror]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tcc_jax.files import sha256
-from tcc_jax.storage import File, absolute, files_in, names_in, remove_folder, replace_text
+from tcc_jax.storage import File, absolute, files_in, names_in, put_on_disk, remove_folder, replace_text
 from tcc_jax.terminal import UserError, log
 from tcc_jax.training.hosts import all_or_none
 
@@ -29,6 +31,8 @@ FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 STATE = "state"
 RECORD = "checkpoint.json"
+# Orbax logs what fails in its threads with a traceback of several pages; it is told here, in one line.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 # Orbax opens a folder of a bucket only if it holds this.
 _ORBAX_IS_DONE = "commit_success.txt"
 
@@ -143,7 +147,7 @@ class CheckpointWriter:
                 (self._folder / str(step) / RECORD).unlink(missing_ok=True)
                 steps.remove(step)
         for name in names_in(self._folder):
-            if name.isdigit() and int(name) not in steps:
+            if name.isdigit() and int(name) not in steps and (self._folder / name).is_dir():
                 remove_folder(self._folder / name)
 
 
@@ -175,7 +179,7 @@ def whole_steps(run_directory: Path) -> list[int]:
 
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
-    """Write the record of a checkpoint, whose other files are all there, in one piece.
+    """Write the record of a checkpoint, whose other files are all there and then on the disk, in one piece.
 
     Args:
         folder: the checkpoint.
@@ -185,6 +189,8 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
         name: {"bytes": file.bytes} | ({"md5": file.md5} if file.md5 else {"sha256": sha256(folder / name)})
         for name, file in files_in(folder).items()
     }
+    folders = {parent for name in files for parent in Path(name).parents}
+    put_on_disk(*map(folder.joinpath, [*files, *map(str, folders)]), folder.parent)
     record = meta | {"files": files}
     record["record_sha256"] = _hash_of(record)
     replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")

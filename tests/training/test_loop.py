@@ -570,3 +570,31 @@ def test_a_run_without_checkpoints_starts_afresh(corpus, finished, tmp_path):
     config = config_of(corpus, directory)
     train(config)
     assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_removed_or_replaced_ends_the_run_and_is_left_alone(corpus, tmp_path, monkeypatch, replaced):
+    directory = tmp_path / "run"
+    config = config_of(corpus, directory)
+
+    def replace():
+        directory.rename(tmp_path / "moved")
+        if replaced:
+            directory.mkdir()
+            (directory / ".lock").write_text("another run's")
+
+    disturb(monkeypatch, 7, replace)
+    with pytest.raises(UserError, match="run: removed, renamed or replaced while this run was writing into it"):
+        train(config)
+    assert [path.name for path in directory.rglob("*")] == ([".lock"] if replaced else [])
+    assert whole_steps(tmp_path / "moved") == [5]
+
+
+def test_lines_of_metrics_that_are_lost_are_told(corpus, finished, tmp_path, capsys):
+    directory = Path(shutil.copytree(finished.run.directory, tmp_path / "run"))
+    shutil.rmtree(directory / "checkpoints" / "10")
+    text = (directory / "metrics.jsonl").read_text()
+    (directory / "metrics.jsonl").write_text("".join(text.splitlines(keepends=True)[2:]))
+    train(config_of(corpus, directory))
+    assert "warning: " + str(directory) + ": 2 lines of metrics are lost" in capsys.readouterr().err
+    assert same_numbers(lines_of(config_of(corpus, directory))) == same_numbers(lines_of(finished))[2:]

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tcc_jax.storage import as_path
-from tcc_jax.training.mirror import Mirror, mirrored
+from tcc_jax.training.run_directory import Mirror, mirrored
 from tests.fake_gcs import empty_bucket
 
 
