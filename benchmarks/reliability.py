@@ -204,8 +204,8 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from tcc_jax.config import from_dict
-    from tcc_jax.training.checkpoint import CheckpointWriter, find_checkpoint, restore_state
-    from tcc_jax.training.saving import FORMAT_VERSION
+    from tcc_jax.training.checkpoint import find_checkpoint, restore_state
+    from tcc_jax.training.saving import FORMAT_VERSION, CheckpointWriter
     from tcc_jax.training.sharding import make_mesh
     from tcc_jax.training.state import abstract_state, create_state
 

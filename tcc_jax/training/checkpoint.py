@@ -28,26 +28,12 @@ from tcc_jax.training.saving import (
     FOLDER,
     FORMAT_VERSION,
     STATE,
-    CheckpointWriter,
     read_record,
     step_folder,
     verify,
     whole_steps,
 )
 from tcc_jax.training.sharding import with_sharding
-
-__all__ = [
-    "VOCABULARY_FILE",
-    "CheckpointWriter",
-    "LoadedCheckpoint",
-    "check_same_run",
-    "describe",
-    "find_checkpoint",
-    "latest_step",
-    "packages",
-    "read_checkpoint",
-    "restore_state",
-]
 
 VOCABULARY_FILE = "genes.tsv"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -27,7 +27,6 @@ from tcc_jax.model.decoder import count_parameters
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, progress
 from tcc_jax.training.checkpoint import (
-    CheckpointWriter,
     check_same_run,
     describe,
     find_checkpoint,
@@ -40,7 +39,7 @@ from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
-from tcc_jax.training.saving import read_record, step_folder
+from tcc_jax.training.saving import CheckpointWriter, read_record, step_folder
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
@@ -85,7 +84,8 @@ def train(
     if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config)
-    with _heard(stop) as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
+    hearing = contextlib.nullcontext(stop) if stop is not None else Stop()
+    with hearing as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
         stop.on_leave = lambda message: directory.status("stopped", message=message)
         if peers:
             peers.on_loss = functools.partial(_lost, directory)
@@ -201,6 +201,7 @@ class Run:
             self.mesh,
             self.make_recall,
         )
+        self.asked = Agreement(self.mesh, late=0)
         due = self.meta.get("evaluation_due") and self.first not in report.evaluated
         if due and not self._evaluate(self.first, state):
             return self._stopped(self.first)
@@ -277,14 +278,14 @@ class Run:
     def _evaluate(self, step: int, state: TrainState) -> bool:
         self.directory.status("evaluating", step=step)
         try:
-            # Several hosts must do the same: they finish the evaluation before they stop.
             self.report.validation(step, functools.partial(self.validate, state, step, self._poll))
         except Abandoned:
             return False
         return True
 
     def _poll(self) -> None:
-        if self.stop and jax.process_count() == 1:
+        # All hosts measure the same and call this as often: they give up together.
+        if any(self.asked.exchange(bool(self.stop))):
             raise Abandoned
 
     def _save(self, step: int, state: TrainState, evaluation_due: bool) -> None:
@@ -346,19 +347,6 @@ def _lost(directory: RunDirectory, what: str) -> None:
     message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
     directory.log(f"error: {message}")
     directory.status("failed", message=message)
-
-
-@contextlib.contextmanager
-def _heard(stop: Stop | None) -> Iterator[Stop]:
-    if stop is not None:
-        yield stop
-        return
-    stop = Stop()
-    stop.hear_signals()
-    try:
-        yield stop
-    finally:
-        stop.ignore_signals()
 
 
 def _loader(config: Config, corpus: Corpus, mesh: Mesh, split: Split, start_step: int) -> Loader:

@@ -69,6 +69,7 @@ class Stop:
     def hear_signals(self) -> None:
         """Take SIGTERM, SIGINT and SIGHUP from now on, heard by a thread. A second one ends the process at once.
 
+        Used as a context, a `Stop` does so for as long as the block lasts.
         SIGHUP, which a terminal that is closed may send twice, does not; where it is ignored, by nohup, it stays so.
 
         Does nothing outside the main thread, where signals cannot be taken.
@@ -99,10 +100,12 @@ class Stop:
 
         self._undo = undo
 
-    def ignore_signals(self) -> None:
-        """Leave signals to whoever took them before `hear_signals`."""
+    def __enter__(self) -> Stop:
+        self.hear_signals()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._undo()
-        self._undo = lambda: None
 
     def watch_metadata(self, host: str | None = None) -> None:
         """Ask to stop when Google's metadata server announces maintenance or preemption of this machine.

@@ -45,6 +45,7 @@ LOG_FILE = "train.log"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 STATUS_VERSION = 1
+_KEPT = (CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, METRICS_FILE)
 _LAST = ("finished", "stopped", "failed")
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
 # What a process killed inside `replace_text` leaves behind.
@@ -176,7 +177,9 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
         path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         is_held = stack.enter_context(hold(path, _overtaken)) if jax.process_index() == 0 else lambda: True
-        mirror = stack.enter_context(_mirror(path)) if is_remote(path) else None
+        # A start that fails before the configuration is written leaves nothing in the bucket.
+        first = CONFIG_FILE if jax.process_index() == 0 else None
+        mirror = stack.enter_context(Mirror(path, _KEPT, first, log)) if is_remote(path) else None
         directory = RunDirectory(path, steps, is_held, mirror)
         if jax.process_index() == 0:
             for name in names_in(directory.local):
@@ -192,24 +195,39 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
 
 
 class Mirror:
-    """Copies the files of a local folder into a bucket, each whole, as soon as `sync` finds them changed.
+    """Copies the files of a temporary local folder into a bucket, each whole, as it finds them changed.
 
+    To be used as a context, in which a thread looks every few seconds; what cannot be copied is told and tried again.
     Hidden files are left out. A file that is gone from the folder stays in the bucket.
 
     Args:
-        local: the folder.
         remote: the folder of the bucket.
         names: files of the bucket to begin with, where they exist.
         first: nothing is copied before this file is there; None begins at once.
+        warn: where failures are told, once until a copy succeeds.
+        every_seconds: time between two looks at the folder; one object takes about one write a second.
+
+    Attributes:
+        local: the local folder.
     """
 
-    def __init__(self, local: Path, remote: Path, names: Iterable[str], first: str | None = None) -> None:
-        self.local, self._remote, self._first = local, remote, first
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        remote: Path,
+        names: Iterable[str],
+        first: str | None,
+        warn: Callable[[str], None],
+        every_seconds: float = _COPY_SECONDS,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tcc_jax-run-")
+        self.local, self._remote, self._first = Path(self._folder.name), remote, first
+        self._warn, self._every_seconds, self._failed = warn, every_seconds, False
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mirror", daemon=True)
         for name in names:
             # What a run that starts does not have yet.
             with contextlib.suppress(FileNotFoundError):
-                copy_file(remote / name, local / name)
+                copy_file(remote / name, self.local / name)
         self._copied = self._versions()
 
     def sync(self) -> None:
@@ -226,6 +244,29 @@ class Mirror:
                     write_object(self._remote / path.relative_to(self.local).as_posix(), path.read_bytes())
                     self._copied[path] = version
 
+    def __enter__(self) -> Mirror:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._attempt()
+        self._folder.cleanup()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._every_seconds):
+            self._attempt()
+
+    def _attempt(self) -> None:
+        try:
+            self.sync()
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._warn(f"warning: {error}; tried again until it can")
+            self._failed = True
+
     def _versions(self) -> dict[Path, tuple[int, int]]:
         versions = {}
         for path in sorted(self.local.rglob("[!.]*")):
@@ -234,56 +275,6 @@ class Mirror:
                 if path.is_file():
                     versions[path] = (path.stat().st_mtime_ns, path.stat().st_size)
         return versions
-
-
-@contextlib.contextmanager
-def mirrored(
-    remote: Path,
-    names: Iterable[str],
-    first: str | None,
-    warn: Callable[[str], None],
-    every_seconds: float = _COPY_SECONDS,
-) -> Iterator[Mirror]:
-    """Keep a temporary local folder and a folder of a bucket alike; what cannot be copied is told and tried again.
-
-    Args:
-        remote: the folder of the bucket.
-        names: files of the bucket to begin with, where they exist.
-        first: nothing is copied before this file is there; None begins at once.
-        warn: where failures are told, once until a copy succeeds.
-        every_seconds: time between two looks at the folder; one object takes about one write a second.
-    """
-    with tempfile.TemporaryDirectory(prefix="tcc_jax-run-") as folder:
-        mirror, done, failed = Mirror(Path(folder), remote, names, first), threading.Event(), False
-
-        def attempt() -> None:
-            nonlocal failed
-            try:
-                mirror.sync()
-                failed = False
-            except OSError as error:
-                if not failed:
-                    warn(f"warning: {error}; tried again until it can")
-                failed = True
-
-        def watch() -> None:
-            while not done.wait(every_seconds):
-                attempt()
-
-        thread = threading.Thread(target=watch, name="mirror", daemon=True)
-        thread.start()
-        try:
-            yield mirror
-        finally:
-            done.set()
-            thread.join()
-            attempt()
-
-
-def _mirror(path: Path) -> contextlib.AbstractContextManager[Mirror]:
-    # A start that fails before the configuration is written leaves nothing in the bucket.
-    first = CONFIG_FILE if jax.process_index() == 0 else None
-    return mirrored(path, (CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, METRICS_FILE), first, log)
 
 
 def _is_ours(name: str) -> bool:

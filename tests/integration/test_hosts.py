@@ -141,17 +141,23 @@ def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery,
 
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_host_in_an_evaluation_stops_and_saves_both(tmp_path, nursery, asked):
-    training = {"steps": 100_000, "log_every": 1, "eval_every": 5, "eval_steps": 50}
-    toml = write_run(tmp_path, training=training, checkpoint={"every_steps": 100_000, "every_minutes": 0.0})
+    # Hundreds of batches and sets: an evaluation takes seconds.
+    training = {"steps": 100_000, "log_every": 1, "eval_every": 5, "eval_steps": 1000, "recall_sets": 1000}
+    never = {"every_steps": 100_000, "every_minutes": 0.0, "keep_best": False}
+    toml = write_run(tmp_path, 3000, training=training, checkpoint=never)
     run = tmp_path / "run"
     with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
-        wait_until(lambda: lines_in(run) >= 7 and status_of(run)["state"] == "evaluating", children)
+        wait_until(lambda: lines_in(run) >= 5 and status_of(run)["state"] == "evaluating", children)
         children[asked].kill(signal.SIGTERM)
         for child in children:
             assert child.wait(60) == 0, child.log.read_text()
     status = status_of(run)
     assert status["state"] == "stopped"
-    assert (run / "checkpoints" / str(status["step"]) / "checkpoint.json").exists()
+    # It was given up, and is made when the run goes on.
+    record = json.loads((run / "checkpoints" / str(status["step"]) / "checkpoint.json").read_text())
+    assert record["evaluation_due"] and status["step"] not in {
+        line["step"] for line in numbers(run) if "validation_loss" in line
+    }
     assert all(f"step {status['step']:,} is saved" in child.log.read_text() for child in children)
 
 

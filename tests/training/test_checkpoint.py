@@ -14,14 +14,13 @@ from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import (
-    CheckpointWriter,
     describe,
     find_checkpoint,
     latest_step,
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.saving import steps_to_keep
+from tcc_jax.training.saving import CheckpointWriter, steps_to_keep
 from tcc_jax.training.sharding import replicated, with_sharding
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus

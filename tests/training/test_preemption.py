@@ -32,9 +32,12 @@ for _ in range(6000):
 """
 
 
-def begin(what, linger=0):
+def begin(what, linger=0, nohup=False):
     arguments = [sys.executable, "-c", WORK, what, str(linger)]
+    # What is ignored here is ignored there, and the tests may run under nohup themselves.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -77,11 +80,7 @@ def test_a_terminal_that_closes_asks_once_however_often_it_does():
 
 
 def test_under_nohup_a_terminal_may_close():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = begin("unsaved")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = begin("unsaved", nohup=True)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -90,10 +89,8 @@ def test_under_nohup_a_terminal_may_close():
 
 def test_an_event_loop_in_the_main_thread_loses_no_signal():
     uvloop = pytest.importorskip("uvloop")
-    stop = Stop()
-    stop.must_save()
-    stop.hear_signals()
-    try:
+    with Stop() as stop:
+        stop.must_save()
 
         async def work():
             signal.raise_signal(signal.SIGTERM)
@@ -103,8 +100,6 @@ def test_an_event_loop_in_the_main_thread_loses_no_signal():
 
         uvloop.run(work())
         assert stop.reason == "SIGTERM"
-    finally:
-        stop.ignore_signals()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.training import saving
-from tcc_jax.training.checkpoint import CheckpointWriter, describe, latest_step, restore_state
-from tcc_jax.training.saving import whole_steps
+from tcc_jax.training.checkpoint import describe, latest_step, restore_state
+from tcc_jax.training.saving import CheckpointWriter, whole_steps
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config, small_mesh
