@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -194,6 +195,10 @@ def put_on_disk(*paths: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
+            except OSError as error:
+                # Some network file systems do not know what that is for a folder.
+                if error.errno != errno.EINVAL:
+                    raise
             finally:
                 os.close(descriptor)
 

@@ -231,7 +231,9 @@ class Run:
                 # stops at the step that was one too many.
                 self._read(in_flight, 0, state)
             evaluation_due = evaluates and (stopping or not self._evaluate(step, state))
-            if saves or evaluation_due or (evaluates and report.is_best(step)):
+            # One host says what is best, lest another finds a last digit different and saves alone.
+            says_best = jax.process_index() == 0 and report.is_best(step)
+            if saves or evaluation_due or (evaluates and any(self.asked.exchange(says_best))):
                 self._save(step, state, evaluation_due)
                 last_save = time.monotonic()
             if stopping or evaluation_due:

@@ -95,7 +95,6 @@ class CheckpointWriter:
         self._background = threading.Thread(target=self._work, args=(step, state, meta, began, copied), name="save")
         self._background.start()
         copied.wait()
-        self.pause_seconds = time.monotonic() - began
 
     def wait(self) -> None:
         """Wait for the save under way, if any; `saved_step` and `failure` then tell how it went."""
@@ -112,7 +111,7 @@ class CheckpointWriter:
 
     def _work(self, step: int, state: Any, meta: dict[str, Any], began: float, copied: threading.Event) -> None:
         folder = self._folder / str(step)
-        failure = _attempt(lambda: self._write(folder / STATE, state, copied))
+        failure = _attempt(lambda: self._write(folder / STATE, state, began, copied))
         copied.set()
         failure = all_or_none(failure, lambda: _attempt(lambda: self._seal(folder, meta)))
         if failure:
@@ -125,10 +124,11 @@ class CheckpointWriter:
         if jax.process_index() == 0 and (problem := _attempt(lambda: self._tidy(one_more=not failure))):
             self._warn(f"warning: {self._folder}: old checkpoints could not be removed: {problem}")
 
-    def _write(self, folder: Path, state: Any, copied: threading.Event) -> None:
+    def _write(self, folder: Path, state: Any, began: float, copied: threading.Event) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Has copied the arrays when it returns; threads of its own write them.
         writes = asyncio.run(self._arrays.async_save(epath.Path(absolute(folder)), args=ocp.args.StandardSave(state)))
+        self.pause_seconds = time.monotonic() - began
         copied.set()
         for write in writes or []:
             write.result()

@@ -330,6 +330,18 @@ def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpu
     np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
 
 
+def test_a_batch_that_cannot_be_saved_is_told_and_hides_no_reason(corpus, tmp_path, monkeypatch):
+    config = config_of(corpus, tmp_path / "run", training={"skips_before_stop": 2})
+    poison(monkeypatch, range(3, 100))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.np, "savez", full)
+    with pytest.raises(UserError, match=r"not finite 2 times.*could not be written to .*No space left.*step 4"):
+        train(config)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_from_there(corpus, finished, tmp_path, monkeypatch, capsys, number):
     config = config_of(corpus, tmp_path / "run")
