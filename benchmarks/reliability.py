@@ -73,6 +73,7 @@ named, and last-good goes on; a second process is refused by the owner file, one
   once that is mended.
 - Standard error on the full disk, or into a pipe that is gone: the run goes on (`test_train.py`).
 - The clock set back: status.json goes on (it is paced by the monotonic clock).
+- The compilation cache damaged: JAX warns and compiles again; same numbers.
 - A corpus edited; removed under a run: refused by its checksum; the run goes on to its end, or stops and saves.
 - The batch of a skipped update cannot be written: told; the run ends with its reason.
 """

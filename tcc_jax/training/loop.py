@@ -148,6 +148,7 @@ class Run:
                 config.checkpoint.keep,
                 keep_every=config.checkpoint.keep_every,
                 recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
+                check=directory.check,
                 before_seal=put_metrics_in_place,
                 note=directory.note,
                 warn=directory.log,

@@ -66,10 +66,11 @@ class RunDirectory:
     Attributes:
         path: the folder, where the checkpoints are.
         local: where all other files are written: the same folder, or the one that is copied into the bucket.
+        is_held: as above.
     """
 
     def __init__(self, path: Path, steps: int, is_held: Callable[[], bool], mirror: Mirror | None) -> None:
-        self.path, self.local, self._is_held = path, mirror.local if mirror else path, is_held
+        self.path, self.local, self.is_held = path, mirror.local if mirror else path, is_held
         self._mirror = mirror
         self._writes = jax.process_index() == 0
         self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
@@ -87,7 +88,7 @@ class RunDirectory:
         now = time.monotonic()
         changed = state != self._status["state"] or values.keys() & {"message", "checkpoint"}
         self._status |= {"state": state} | values
-        if not self._writes or (not changed and now - self._written < 1):
+        if not self._writes or (not changed and now - self._written < 1) or not self.is_held():
             return
         self._written = now
         stamp = {"pid": os.getpid(), "host": socket.gethostname(), "time": _time()}
@@ -106,7 +107,7 @@ class RunDirectory:
 
     def note(self, message: str) -> None:
         """Add a line to train.log alone."""
-        if self._writes:
+        if self._writes and self.is_held():
             with contextlib.suppress(OSError), open(self.local / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(f"{_time()} {message}\n")
 
@@ -116,8 +117,7 @@ class RunDirectory:
         Raises:
             UserError: it was removed, renamed or replaced, perhaps by another run; nothing more is written into it.
         """
-        if not self._is_held():
-            self._writes = False
+        if not self.is_held():
             raise UserError(f"{self.path}: removed, renamed or replaced while this run was writing into it")
 
     def sync(self) -> None:
@@ -189,7 +189,7 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
             yield directory
         except BaseException as error:
             directory.status("failed", message=" ".join(str(error).split()) or type(error).__name__)
-            if made and not (path / CONFIG_FILE).exists():
+            if made and directory.is_held() and not (path / CONFIG_FILE).exists():
                 _remove(path, made)
             raise
 

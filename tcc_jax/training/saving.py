@@ -50,6 +50,7 @@ class CheckpointWriter:
         keep: checkpoints kept, newest first.
         keep_every: checkpoints of multiples of this step are kept for ever; 0 keeps none of them.
         recalls: step -> validation recall; the best of the steps that have a checkpoint is kept. Read at every save.
+        check: called before anything is sealed or removed, in the background; if it raises, that is left undone.
         before_seal: called before a checkpoint is sealed, in the background; if it raises, the save has failed.
         note: where finished saves are told.
         warn: where failures are told.
@@ -67,13 +68,14 @@ class CheckpointWriter:
         *,
         keep_every: int = 0,
         recalls: Mapping[int, float] | None = None,
+        check: Callable[[], None] = lambda: None,
         before_seal: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = lambda message: None,
         warn: Callable[[str], None] = log,
     ) -> None:
         self._run_directory, self._folder = run_directory, run_directory / FOLDER
         self._keep, self._keep_every, self._recalls = keep, keep_every, {} if recalls is None else recalls
-        self._before_seal, self._note, self._warn = before_seal, note, warn
+        self._check, self._before_seal, self._note, self._warn = check, before_seal, note, warn
         self._arrays = ocp.StandardCheckpointHandler()
         self._background: threading.Thread | None = None
         self.saved_step: int | None = None
@@ -134,12 +136,14 @@ class CheckpointWriter:
             write.result()
 
     def _seal(self, folder: Path, meta: dict[str, Any]) -> None:
+        self._check()
         self._arrays.finalize(epath.Path(absolute(folder / STATE)))
         (folder / STATE / _ORBAX_IS_DONE).write_text("")
         self._before_seal()
         seal(folder, meta)
 
     def _tidy(self, *, one_more: bool) -> None:
+        self._check()
         steps = whole_steps(self._run_directory)
         if one_more:
             for step in set(steps) - steps_to_keep(steps, self._keep, self._keep_every, self._recalls):

@@ -590,6 +590,9 @@ def test_a_folder_that_is_removed_or_replaced_ends_the_run_and_is_left_alone(cor
     config = config_of(corpus, directory)
 
     def replace():
+        end = time.monotonic() + 60
+        while not whole_steps(directory):
+            assert time.monotonic() < end
         directory.rename(tmp_path / "moved")
         if replaced:
             directory.mkdir()
