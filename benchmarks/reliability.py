@@ -40,14 +40,42 @@ machine):
 | SIGKILL | 8.1 | 2.3 |
 | SIGSTOP | 14.6 | 12.9 |
 
-SIGTERM to either one, in a step or in an evaluation, stops and saves both. A save that fails on one of them
-(RLIMIT_FSIZE) ends both, with its reason on that one's last line; the run goes on from the checkpoint before, also on
-one process. On several hosts a failed save thus does not let the run go on: Orbax makes the others wait for it.
+SIGTERM to either one, in a step or in an evaluation, stops and saves both; an evaluation is given up. A save that
+fails on one of them (RLIMIT_FSIZE, either process) is told on both with that one's number and reason, the run goes on,
+the checkpoints before stay whole and the next save is tried; if the last one fails, both end with exit code 2 and that
+line, and the run goes on from the checkpoint before, also on one process.
 
 In a bucket, against a server on loopback that speaks the JSON API (`pytest tests/training/test_bucket_runs.py`):
 SIGKILL at four chosen moments, and the run ends with the bits of one on a local disk; a flipped byte in an object is
 named, and last-good goes on; a second process is refused by the owner file, one that died is followed; saves that get
 403 or 507 are told and the run goes on. Never tried against Google's own service.
+
+## Faults tried one by one
+
+- SIGTERM, SIGINT while importing, starting, compiling, stepping, evaluating, saving: exit 0, nothing lost, same bits
+  (`tests/integration/test_stop.py`).
+- SIGTERM in a long compilation: exit 0 at once, no step to save (`test_stop.py`).
+- Two SIGTERM one after the other: ends at once; same bits when it goes on (`test_stop.py`).
+- SIGHUP once or twice (a terminal that closes); under nohup: saves, exit 0; not heard
+  (`tests/training/test_preemption.py`).
+- metrics.jsonl ends in what a power cut left: zeros, bytes that are no text, half a line: dropped; same lines
+  (`test_metrics.py`).
+- metrics.jsonl emptied: told how many lines are lost; the run goes on (`test_loop.py`).
+- status.json, config.json, environment.json or genes.tsv half-written; a lock of a process that is gone: written
+  anew; same metrics.
+- config.json removed: refused: not a run.
+- A file, or a folder of another name, among the checkpoints: left alone (`test_saving.py`).
+- checkpoints/ removed under a run: the next save makes it again.
+- The run folder renamed, or removed and started again elsewhere by another process: the first ends at its next save
+  and writes nothing more (`test_loop.py`).
+- The run folder or checkpoints/ is a symbolic link; a broken one: as without; refused.
+- A read-only file system; a disk that is full at the start: one line that names the file, exit 2; the run goes on
+  once that is mended.
+- Standard error on the full disk, or into a pipe that is gone: the run goes on (`test_train.py`).
+- The clock set back: status.json goes on (it is paced by the monotonic clock).
+- The compilation cache damaged: JAX warns and compiles again; same numbers.
+- A corpus edited; removed under a run: refused by its checksum; the run goes on to its end, or stops and saves.
+- The batch of a skipped update cannot be written: told; the run ends with its reason.
 """
 
 
@@ -204,8 +232,8 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from tcc_jax.config import from_dict
-    from tcc_jax.training.checkpoint import CheckpointWriter, find_checkpoint, restore_state
-    from tcc_jax.training.records import FORMAT_VERSION
+    from tcc_jax.training.checkpoint import find_checkpoint, restore_state
+    from tcc_jax.training.saving import FORMAT_VERSION, CheckpointWriter
     from tcc_jax.training.sharding import make_mesh
     from tcc_jax.training.state import abstract_state, create_state
 

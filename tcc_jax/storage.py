@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -106,13 +108,21 @@ def files_in(folder: Path) -> dict[str, File]:
     }
 
 
-def remove_folder(folder: Path, *, ignore_errors: bool = False) -> None:
-    """Remove a folder and what is in it, or with `ignore_errors` as much of it as can be."""
-    if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=ignore_errors)
-        return
-    with contextlib.suppress(Exception) if ignore_errors else contextlib.nullcontext():
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what is in it; one of this machine may still be written into for a moment.
+
+    Raises:
+        OSError: not all of it could be removed.
+    """
+    if is_remote(folder):
         _store().rm(_key(folder), recursive=True)
+        return
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+    shutil.rmtree(folder)
 
 
 def rename_folder(folder: Path, new: Path) -> None:
@@ -147,6 +157,50 @@ def write_object(path: Path, content: bytes) -> None:
         _store().pipe_file(_key(path), content)
     except Exception as error:
         raise OSError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file in one rename, or one object of a bucket.
+
+    Args:
+        path: the file.
+        text: its content.
+        durable: put it on the disk before it takes the place of the old one, and its name before this returns.
+
+    Raises:
+        OSError: it cannot be written; the file is named.
+    """
+    if is_remote(path):
+        write_object(path, text.encode())
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if durable:
+            put_on_disk(temporary)
+        os.replace(temporary, path)
+        if durable:
+            put_on_disk(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # A full disk is reported without a name.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def put_on_disk(*paths: Path) -> None:
+    """Wait until the content of files, and the names in folders, outlast a power cut; a bucket sees to that itself."""
+    for path in paths:
+        if not is_remote(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                # Some network file systems do not know what that is for a folder.
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                os.close(descriptor)
 
 
 def read_small(path: Path) -> str:

@@ -56,7 +56,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _fail(message: str) -> None:
-    print("error: " + one_line(message), file=sys.stderr)
+    log("error: " + one_line(message))
     raise SystemExit(2)
 
 
@@ -95,8 +95,12 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
 
 
 def log(message: str) -> None:
-    """Print one line on standard error, where progress and notices go; standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line on standard error, where progress and notices go; standard output is for results.
+
+    One that cannot be printed (a log on a full disk, a terminal that is gone) is lost, and the work goes on.
+    """
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def log_lines(messages: Iterable[str]) -> None:

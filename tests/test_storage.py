@@ -1,6 +1,7 @@
 """Paths of this machine and of a bucket do the same, and whatever is wrong with a bucket is told in one line."""
 
 import hashlib
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tcc_jax.storage import (
     on_this_machine,
     remove_folder,
     rename_folder,
+    replace_text,
 )
 from tcc_jax.terminal import UserError
 from tests.fake_gcs import empty_bucket
@@ -125,3 +127,18 @@ def test_an_error_that_passes_is_no_error():
     fake.fail = lambda method, path: next(answers, None)
     check_bucket(as_path("gs://bucket/run"))
     assert len(fake.requests) == 2
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, durable):
+    path = tmp_path / "status.json"
+    replace_text(path, "old", durable=durable)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            replace_text(path, "longer", durable=durable)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert caught.value.filename == str(path)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("status.json", "old")]

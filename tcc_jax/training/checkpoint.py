@@ -24,31 +24,16 @@ from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import Params, abstract_params
 from tcc_jax.storage import absolute, as_path, check_bucket, on_this_machine, rename_folder
 from tcc_jax.terminal import UserError
-from tcc_jax.training.records import (
+from tcc_jax.training.saving import (
     FOLDER,
     FORMAT_VERSION,
     STATE,
-    latest_step,
     read_record,
     step_folder,
     verify,
     whole_steps,
 )
-from tcc_jax.training.saving import CheckpointWriter
 from tcc_jax.training.sharding import with_sharding
-
-__all__ = [
-    "VOCABULARY_FILE",
-    "CheckpointWriter",
-    "LoadedCheckpoint",
-    "check_same_run",
-    "describe",
-    "find_checkpoint",
-    "latest_step",
-    "packages",
-    "read_checkpoint",
-    "restore_state",
-]
 
 VOCABULARY_FILE = "genes.tsv"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -150,7 +135,7 @@ def find_checkpoint(
         The step and the description, or None if the run has no checkpoint yet.
 
     Raises:
-        UserError: the latest one is damaged, or with `last-good` all are; or it is of a format that cannot go on.
+        UserError: the latest one is damaged, or with `last-good` all are.
     """
     damaged: list[tuple[Path, UserError]] = []
     for step in reversed(whole_steps(run_directory)):
@@ -163,11 +148,6 @@ def find_checkpoint(
                 raise UserError(f"{error}; --resume last-good goes on from the one before it") from None
             damaged.append((folder, error))
             continue
-        if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: checkpoint format {meta['format_version']} can be used, but not gone on with; start a new "
-                f"run from its weights with --init-from {run_directory}"
-            )
         for bad, damage in damaged:
             report(f"warning: {damage}; put aside, going on from step {step:,}")
             rename_folder(bad, bad.with_name(f"{bad.name}.damaged"))
@@ -232,6 +212,11 @@ def check_same_run(meta: dict[str, Any], config: Config, corpus: Corpus) -> None
                 f"{corpus.path}: its {name} ({hash_[:12]}) is not that of the checkpoint to resume from "
                 f"({before[:12]}); {advice}"
             )
+
+
+def latest_step(run_directory: Path) -> int | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    return max(whole_steps(run_directory), default=None)
 
 
 def _locate(path: Path) -> tuple[Path, int]:

@@ -7,7 +7,9 @@ process looks after the others and ends its own with one line that names who is 
 from __future__ import annotations
 
 import atexit
+import collections
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -19,9 +21,13 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from tcc_jax.config import HostsConfig
 from tcc_jax.terminal import UserError, log
+from tcc_jax.training.sharding import over_devices, replicated
 
 # Those of JAX's clusters that need nothing but variables or Google's metadata server.
 _CLUSTERS = ("ompi", "slurm", "gcetpu", "gketpu")
@@ -29,6 +35,8 @@ _BEAT_SECONDS = 1.0
 # How long a process may be silent once a collective operation has failed here: somebody is gone, and it shows soon.
 _SILENCE_AFTER_FAILURE = 5.0
 _ALIVE, _VERDICT, _DONE = "tcc_jax/alive/", "tcc_jax/verdict", "done"
+_PARTS, _TOLD, _AS_LONG_AS_IT_TAKES = "tcc_jax/parts/", ":", 2**31 - 1
+_numbers = itertools.count()
 
 
 def find_hosts(hosts: HostsConfig, environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
@@ -91,6 +99,37 @@ def join_hosts(hosts: HostsConfig) -> Peers | None:
             "with the same coordinator and count and each with its own index"
         ) from None
     return Peers(hosts.timeout_seconds) if jax.process_count() > 1 else None
+
+
+def all_or_none(failure: str, finish: Callable[[], str]) -> str:
+    """Let the first process finish what every process has done its part of; return why not, the same on all of them.
+
+    Called by all as often and in the same order, from any one thread: it is no collective operation of the devices.
+
+    Args:
+        failure: why this process's part failed, or "".
+        finish: called on the first process alone, once no part has failed; returns why it could not, or "".
+    """
+    if jax.process_count() == 1:
+        return failure or finish()
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None
+    client, prefix = global_state.client, f"{_PARTS}{next(_numbers)}/"
+
+    def hear(index: int) -> str:
+        # A process that dies instead is seen by the watch, which ends this one.
+        return client.blocking_key_value_get(f"{prefix}{index}", _AS_LONG_AS_IT_TAKES).removeprefix(_TOLD)
+
+    if jax.process_index():
+        client.key_value_set(f"{prefix}{jax.process_index()}", _TOLD + failure)
+        return hear(0)
+    failures = [failure, *map(hear, range(1, jax.process_count()))]
+    if not any(failures):
+        failures = [finish()]
+    answer = "; ".join(f"process {index}: {failure}" for index, failure in enumerate(failures) if failure)
+    client.key_value_set(f"{prefix}0", _TOLD + answer)
+    return answer
 
 
 class Peers:
@@ -206,6 +245,32 @@ class Peers:
             self.on_loss(message)
         finally:
             os._exit(1)
+
+
+class Agreement:
+    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read as late.
+
+    Args:
+        mesh: the devices.
+        late: how many calls later the flags of several hosts are read.
+    """
+
+    def __init__(self, mesh: Mesh, late: int) -> None:
+        self._mesh, self._late = mesh, late
+        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._any = jax.jit(lambda flags_NK: jnp.max(flags_NK, axis=0), out_shardings=replicated(mesh))
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Return, for each flag, whether any host raised it: in this call on a single host, else `late` calls ago."""
+        if jax.process_count() == 1:
+            return flags
+        local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
+        with jax.transfer_guard_host_to_device("allow"):
+            flags_NK = jax.make_array_from_process_local_data(over_devices(self._mesh), local_NK)
+        self._pending.append(self._any(flags_NK))
+        if len(self._pending) <= self._late:
+            return (False,) * len(flags)
+        return tuple(bool(flag) for flag in jax.device_get(self._pending.popleft()))
 
 
 def _hold_up_aborts() -> None:

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tcc_jax.storage import is_remote, read_small
+from tcc_jax.storage import is_remote, read_small, replace_text
 from tcc_jax.terminal import UserError, log
-from tcc_jax.training.records import replace_text
 
 LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"
@@ -30,22 +29,24 @@ _SHARED = ("fuse", "nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "9p", "gpfs
 
 
 @contextlib.contextmanager
-def hold(directory: Path, lost: Callable[[str], None]) -> Iterator[None]:
+def hold(directory: Path, lost: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Hold a run directory against other processes of this machine, and of others where the path is shared.
 
     Args:
         directory: the run, which may lie in a bucket.
         lost: called with the reason, from a thread, when another machine has taken the directory over.
 
+    Yields:
+        A function that tells whether a directory of this machine is still held: it may have been removed or replaced.
+
     Raises:
         UserError: another process holds it; the message says which.
     """
     with contextlib.ExitStack() as stack:
-        if not is_remote(directory):
-            stack.enter_context(flock(directory))
+        is_held = (lambda: True) if is_remote(directory) else stack.enter_context(flock(directory))
         if is_remote(directory) or is_shared(directory):
             stack.enter_context(owner_file(directory, lost))
-        yield
+        yield is_held
 
 
 def is_shared(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
@@ -65,8 +66,8 @@ def is_shared(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
 
 
 @contextlib.contextmanager
-def flock(directory: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on a local file system.
+def flock(directory: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the lock of a run directory on a local file system; yields a function that tells whether it is still there.
 
     Raises:
         UserError: another process holds it; the message says which.
@@ -77,10 +78,18 @@ def flock(directory: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise UserError(_refusal(directory, file.read().strip() or "another process")) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+        with contextlib.suppress(OSError):  # On a full disk whoever is refused learns no name.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK_FILE))
+            except FileNotFoundError:
+                return False
+
+        yield is_there
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from tcc_jax.model.decoder import count_parameters
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, progress
 from tcc_jax.training.checkpoint import (
-    CheckpointWriter,
     check_same_run,
     describe,
     find_checkpoint,
@@ -36,18 +35,15 @@ from tcc_jax.training.checkpoint import (
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.hosts import Peers
-from tcc_jax.training.metrics import model_flops_utilization
-from tcc_jax.training.metrics_file import MetricsFile
+from tcc_jax.training.hosts import Agreement, Peers
+from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
-from tcc_jax.training.profiling import Profile
-from tcc_jax.training.records import read_record, step_folder
-from tcc_jax.training.report import Report
+from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
-from tcc_jax.training.sharding import make_mesh, over_devices, replicated, rows_here, shard_batch
+from tcc_jax.training.saving import CheckpointWriter, read_record, step_folder
+from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
-from tcc_jax.training.tensorboard import Board, require_tensorboard
 from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
 SKIPPED_FOLDER = "skipped"
@@ -89,7 +85,8 @@ def train(
     if not len(corpus.indices("train")):
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config)
-    with _heard(stop) as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
+    hearing = contextlib.nullcontext(stop) if stop is not None else Stop()
+    with hearing as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
         stop.on_leave = lambda message: directory.status("stopped", message=message)
         if peers:
             peers.on_loss = functools.partial(_lost, directory)
@@ -152,6 +149,7 @@ class Run:
                 config.checkpoint.keep,
                 keep_every=config.checkpoint.keep_every,
                 recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
+                check=directory.check,
                 before_seal=put_metrics_in_place,
                 note=directory.note,
                 warn=directory.log,
@@ -209,6 +207,7 @@ class Run:
             self.mesh,
             self.make_recall,
         )
+        self.asked = Agreement(self.mesh, late=0)
         due = self.meta.get("evaluation_due") and self.first not in report.evaluated
         if due and not self._evaluate(self.first, state):
             return self._stopped(self.first)
@@ -230,9 +229,6 @@ class Run:
                 batch, arrays = self._fetch(batches)
             due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
             stopping, save_by_time = agreed.exchange(bool(stop), due)
-            if jax.process_count() > 1:
-                # The others wait in this save for the host where it failed: better an end than a wait of many minutes.
-                self._insist_on_saves()
             self._read(in_flight, late, state)
             evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)
             saves = is_last or stopping or save_by_time or step % config.checkpoint.every_steps == 0
@@ -241,7 +237,9 @@ class Run:
                 # stops at the step that was one too many.
                 self._read(in_flight, 0, state)
             evaluation_due = evaluates and (stopping or not self._evaluate(step, state))
-            if saves or evaluation_due or (evaluates and report.is_best(step)):
+            # One host says what is best, lest another finds a last digit different and saves alone.
+            says_best = jax.process_index() == 0 and report.is_best(step)
+            if saves or evaluation_due or (evaluates and any(self.asked.exchange(says_best))):
                 self._save(step, state, evaluation_due)
                 last_save = time.monotonic()
             if stopping or evaluation_due:
@@ -268,8 +266,12 @@ class Run:
     def _give_up(self, step: int, skips: int, batch: Batch, state: TrainState | None) -> None:
         name = f"{SKIPPED_FOLDER}/step-{step}-host-{jax.process_index()}.npz"
         file = self.directory.path / name
-        (self.directory.local / SKIPPED_FOLDER).mkdir(exist_ok=True)
-        np.savez(self.directory.local / name, **batch)  # type: ignore[arg-type]
+        where = f"the batch is in {file}"
+        try:
+            (self.directory.local / SKIPPED_FOLDER).mkdir(exist_ok=True)
+            np.savez(self.directory.local / name, **batch)  # type: ignore[arg-type]
+        except OSError as error:
+            where = f"the batch could not be written to {file} ({error.strerror})"
         if state is not None:
             # Its parameters are those of the last good update.
             self._save(step, state, evaluation_due=False)
@@ -277,26 +279,27 @@ class Run:
         last = self.checkpoints.saved_step or self.first
         raise UserError(
             f"step {step}: the loss or its gradient was not finite {skips} times in a row; none of these updates was "
-            f"made, the batch is in {file}, the last checkpoint is of step {last}; "
+            f"made, {where}, the last checkpoint is of step {last}; "
             "a lower optimizer.learning_rate or a longer warm-up may help"
         )
 
     def _evaluate(self, step: int, state: TrainState) -> bool:
         self.directory.status("evaluating", step=step)
         try:
-            # Several hosts must do the same: they finish the evaluation before they stop.
             self.report.validation(step, functools.partial(self.validate, state, step, self._poll))
         except Abandoned:
             return False
         return True
 
     def _poll(self) -> None:
-        if self.stop and jax.process_count() == 1:
+        # All hosts measure the same and call this as often: they give up together.
+        if any(self.asked.exchange(bool(self.stop))):
             raise Abandoned
 
     def _save(self, step: int, state: TrainState, evaluation_due: bool) -> None:
+        self.directory.check()
         meta = describe(self.config, self.corpus, step, self.report.seconds())
-        meta |= {"window": self.report.window_sums(), "evaluation_due": evaluation_due}
+        meta |= self.report.to_keep() | {"evaluation_due": evaluation_due}
         self.checkpoints.save(step, state, meta)
 
     def _stopped(self, step: int) -> None:
@@ -308,40 +311,11 @@ class Run:
 
     def _await_last_save(self) -> None:
         self.checkpoints.wait()
-        self._insist_on_saves()
-
-    def _insist_on_saves(self) -> None:
         if self.checkpoints.failure:
             raise UserError(
                 f"{self.directory.path}: {self.checkpoints.failure}; mend it, then the same command goes on from the "
                 "checkpoint before"
             )
-
-
-class Agreement:
-    """Hosts act on a request of any of them at the same step: the flags travel with the steps and are read as late.
-
-    Args:
-        mesh: the devices.
-        late: how many calls later the flags of several hosts are read.
-    """
-
-    def __init__(self, mesh: Mesh, late: int) -> None:
-        self._mesh, self._late = mesh, late
-        self._pending: collections.deque[jax.Array] = collections.deque()
-        self._any = jax.jit(lambda flags_NK: jnp.max(flags_NK, axis=0), out_shardings=replicated(mesh))
-
-    def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Return, for each flag, whether any host raised it: in this call on a single host, else `late` calls ago."""
-        if jax.process_count() == 1:
-            return flags
-        local_NK = np.tile(np.array(flags, np.int32), (len(self._mesh.local_devices), 1))
-        with jax.transfer_guard_host_to_device("allow"):
-            flags_NK = jax.make_array_from_process_local_data(over_devices(self._mesh), local_NK)
-        self._pending.append(self._any(flags_NK))
-        if len(self._pending) <= self._late:
-            return (False,) * len(flags)
-        return tuple(bool(flag) for flag in jax.device_get(self._pending.popleft()))
 
 
 def _with_weights_of(config: Config, corpus: Corpus, state: TrainState) -> TrainState:
@@ -381,19 +355,6 @@ def _lost(directory: RunDirectory, what: str) -> None:
     message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
     directory.log(f"error: {message}")
     directory.status("failed", message=message)
-
-
-@contextlib.contextmanager
-def _heard(stop: Stop | None) -> Iterator[Stop]:
-    if stop is not None:
-        yield stop
-        return
-    stop = Stop()
-    stop.hear_signals()
-    try:
-        yield stop
-    finally:
-        stop.ignore_signals()
 
 
 def _loader(config: Config, corpus: Corpus, mesh: Mesh, split: Split, start_step: int) -> Loader:

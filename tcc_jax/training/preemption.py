@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM, SIGINT or a maintenance notice of the machine, answered in every phase of a run.
+"""Asked to stop: SIGTERM, SIGINT, SIGHUP or a maintenance notice of the machine, answered in every phase of a run.
 
 The main thread finishes its step, saves and ends. A thread of its own hears the signals, because Python's handlers wait
 while the main thread is inside a compilation; before the first step there is nothing to save and it ends the process.
@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from tcc_jax.terminal import log
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The last is that of a terminal or a connection that is closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FROM_HANDLER = 0x80
 _METADATA = "http://{host}/computeMetadata/v1/instance/{key}?wait_for_change=true&timeout_sec=60&last_etag={etag}"
 # Values of the two keys of Google's metadata server that mean: this machine goes on as it is.
@@ -66,7 +67,10 @@ class Stop:
             os._exit(0)
 
     def hear_signals(self) -> None:
-        """Take SIGTERM and SIGINT from now on, heard by a thread. A second one ends the process at once.
+        """Take SIGTERM, SIGINT and SIGHUP from now on, heard by a thread. A second one ends the process at once.
+
+        Used as a context, a `Stop` does so for as long as the block lasts.
+        SIGHUP, which a terminal that is closed may send twice, does not; where it is ignored, by nohup, it stays so.
 
         Does nothing outside the main thread, where signals cannot be taken.
         """
@@ -80,7 +84,8 @@ class Stop:
         def handle(number: int, _: object) -> None:
             mouth.send(bytes([number | _FROM_HANDLER]))
 
-        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        hears = [number for number in _SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in hears}
         wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
         thread.start()
@@ -95,10 +100,12 @@ class Stop:
 
         self._undo = undo
 
-    def ignore_signals(self) -> None:
-        """Leave signals to whoever took them before `hear_signals`."""
+    def __enter__(self) -> Stop:
+        self.hear_signals()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._undo()
-        self._undo = lambda: None
 
     def watch_metadata(self, host: str | None = None) -> None:
         """Ask to stop when Google's metadata server announces maintenance or preemption of this machine.
@@ -115,16 +122,18 @@ class Stop:
 
     def _listen(self, ear: socket.socket) -> None:
         # Most signals are heard twice, through the wakeup file and from the handler.
-        heard, heard_in_all = {0: 0, _FROM_HANDLER: 0}, 0
+        heard, heard_in_all, insisted = {0: 0, _FROM_HANDLER: 0}, 0, False
         while numbers := ear.recv(1):
             heard[numbers[0] & _FROM_HANDLER] += 1
             if max(heard.values()) == heard_in_all:
                 continue
             heard_in_all += 1
             number = signal.Signals(numbers[0] & ~_FROM_HANDLER)
-            if heard_in_all > 1:
-                log(f"{number.name} again: ending at once")
-                os._exit(128 + number)
+            if number != signal.SIGHUP:
+                if insisted:
+                    log(f"{number.name} again: ending at once")
+                    os._exit(128 + number)
+                insisted = True
             self.request(number.name)
 
     def _poll(self, host: str, key: str) -> None:

@@ -12,10 +12,10 @@ from tests.training.corpora import write_small_corpus
 CLOCK = ("seconds", "tokens_per_second", "sets_per_second", "mfu", "mfu_segments", "data_wait", "memory_bytes")
 
 
-def write_run(folder: Path, **sections: dict) -> Path:
+def write_run(folder: Path, num_sets: int = 120, **sections: dict) -> Path:
     """Write a corpus and a TOML file; every phase of a run is short, and a save or an evaluation is never far."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_small_corpus(folder / "corpus", num_sets=120)
+    write_small_corpus(folder / "corpus", num_sets=num_sets)
     values: dict[str, dict] = {
         "data": {"corpus": str(folder / "corpus")},
         "model": {"num_layers": 1, "width": 16, "num_heads": 2, "dropout": 0.1, "matmul_dtype": "float32"},

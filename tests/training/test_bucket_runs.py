@@ -16,7 +16,7 @@ from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import find_checkpoint, read_checkpoint, restore_state
 from tcc_jax.training.exports import write_export
 from tcc_jax.training.loop import train
-from tcc_jax.training.records import whole_steps
+from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.state import abstract_state
 from tests.fake_gcs import empty_bucket
 from tests.training.corpora import write_small_corpus

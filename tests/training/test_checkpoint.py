@@ -14,14 +14,13 @@ from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import (
-    CheckpointWriter,
     describe,
     find_checkpoint,
     latest_step,
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.saving import steps_to_keep
+from tcc_jax.training.saving import CheckpointWriter, steps_to_keep
 from tcc_jax.training.sharding import replicated, with_sharding
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
@@ -195,18 +194,6 @@ def test_which_checkpoints_are_kept():
     assert steps_to_keep([10, 20, 30, 40, 50], 2, 0, recalls) == {20, 40, 50}
     assert steps_to_keep([10, 30, 40, 50], 1, 0, recalls) == {30, 50}
     assert steps_to_keep([10, 20, 30, 40, 50], 1, 20, {}) == {20, 40, 50}
-
-
-def test_weights_of_format_1_open_and_a_run_does_not_go_on_from_them(copy):
-    for step in (3, 12):
-        folder = copy / "checkpoints" / str(step)
-        record = json.loads((folder / "checkpoint.json").read_text())
-        (folder / "checkpoint.json").unlink()
-        (folder / "meta").mkdir()
-        (folder / "meta" / "metadata").write_text(json.dumps(record | {"format_version": 1}))
-    assert read_checkpoint(copy).step == 12
-    with pytest.raises(UserError, match=r"checkpoint format 1 can be used, but not gone on with.*--init-from"):
-        find_checkpoint(copy, "latest", print)
 
 
 def test_another_format_is_refused(copy):

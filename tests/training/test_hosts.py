@@ -1,5 +1,7 @@
 """Which processes join which, by flags, variables and clusters; and who is declared gone."""
 
+import itertools
+import threading
 import time
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from tcc_jax.config import HostsConfig
 from tcc_jax.terminal import UserError
 from tcc_jax.training import hosts
-from tcc_jax.training.hosts import Peers, find_hosts, join_hosts
+from tcc_jax.training.hosts import Peers, all_or_none, find_hosts, join_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "1234",
@@ -160,8 +162,15 @@ class Service:
         self.values = {}
 
     def key_value_set(self, key, value, allow_overwrite=False):
-        assert allow_overwrite
+        assert allow_overwrite or key not in self.values
         self.values[key] = value
+
+    def blocking_key_value_get(self, key, timeout_milliseconds):
+        end = time.monotonic() + 10
+        while key not in self.values:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        return self.values[key]
 
     def key_value_dir_get(self, prefix):
         return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
@@ -219,3 +228,37 @@ def test_a_process_that_ends_properly_is_not_missed_and_one_that_fails_is(watch_
         third._tell("tcc_jax/alive/1", "failed: its disk is full")
         wait_for(lambda: said)
     assert said == ["process 1 has failed: its disk is full"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "in_the_end", "answer"),
+    [
+        (("", "", ""), "", ""),
+        (("", "", ""), "no room", "process 0: no room"),
+        (("", "disk full", ""), "", "process 1: disk full"),
+        (("a", "", "b: c"), "", "process 0: a; process 2: b: c"),
+    ],
+)
+def test_all_processes_hear_the_same_and_the_first_one_finishes_if_none_failed(
+    monkeypatch, failures, in_the_end, answer
+):
+    from jax._src import distributed
+
+    # The processes are threads here.
+    me, heard, finished = threading.local(), {}, []
+    monkeypatch.setattr(distributed.global_state, "client", Service())
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: me.index)
+    monkeypatch.setattr(hosts, "_numbers", itertools.repeat(7))
+
+    def process(index):
+        me.index = index
+        heard[index] = all_or_none(failures[index], lambda: finished.append(index) or in_the_end)
+
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == dict.fromkeys(range(3), answer)
+    assert finished == ([] if any(failures) else [0])

@@ -111,3 +111,12 @@ def test_an_owner_that_cannot_be_read_is_not_followed(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError), owned(folder):
         pass
     assert not (folder / "owner.json").exists()
+
+
+def test_a_lock_that_was_removed_or_replaced_is_no_longer_held(tmp_path):
+    with flock(tmp_path) as is_held:
+        assert is_held()
+        (tmp_path / ".lock").unlink()
+        assert not is_held()
+        with flock(tmp_path) as is_held_by_another:
+            assert is_held_by_another() and not is_held()

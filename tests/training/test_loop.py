@@ -23,7 +23,7 @@ from tcc_jax.training.locks import flock
 from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
-from tcc_jax.training.records import whole_steps
+from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.sharding import shard_batch
 from tcc_jax.training.state import abstract_state
 from tests.integration.runs import CLOCK
@@ -330,6 +330,18 @@ def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpu
     np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
 
 
+def test_a_batch_that_cannot_be_saved_is_told_and_hides_no_reason(corpus, tmp_path, monkeypatch):
+    config = config_of(corpus, tmp_path / "run", training={"skips_before_stop": 2})
+    poison(monkeypatch, range(3, 100))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.np, "savez", full)
+    with pytest.raises(UserError, match=r"not finite 2 times.*could not be written to .*No space left.*step 4"):
+        train(config)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_from_there(corpus, finished, tmp_path, monkeypatch, capsys, number):
     config = config_of(corpus, tmp_path / "run")
@@ -570,3 +582,34 @@ def test_a_run_without_checkpoints_starts_afresh(corpus, finished, tmp_path):
     config = config_of(corpus, directory)
     train(config)
     assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_removed_or_replaced_ends_the_run_and_is_left_alone(corpus, tmp_path, monkeypatch, replaced):
+    directory = tmp_path / "run"
+    config = config_of(corpus, directory)
+
+    def replace():
+        end = time.monotonic() + 60
+        while not whole_steps(directory):
+            assert time.monotonic() < end
+        directory.rename(tmp_path / "moved")
+        if replaced:
+            directory.mkdir()
+            (directory / ".lock").write_text("another run's")
+
+    disturb(monkeypatch, 7, replace)
+    with pytest.raises(UserError, match="run: removed, renamed or replaced while this run was writing into it"):
+        train(config)
+    assert [path.name for path in directory.rglob("*")] == ([".lock"] if replaced else [])
+    assert whole_steps(tmp_path / "moved") == [5]
+
+
+def test_lines_of_metrics_that_are_lost_are_told(corpus, finished, tmp_path, capsys):
+    directory = Path(shutil.copytree(finished.run.directory, tmp_path / "run"))
+    shutil.rmtree(directory / "checkpoints" / "10")
+    text = (directory / "metrics.jsonl").read_text()
+    (directory / "metrics.jsonl").write_text("".join(text.splitlines(keepends=True)[2:]))
+    train(config_of(corpus, directory))
+    assert "warning: " + str(directory) + ": 2 lines of metrics are lost" in capsys.readouterr().err
+    assert same_numbers(lines_of(config_of(corpus, directory))) == same_numbers(lines_of(finished))[2:]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tcc_jax.training import metrics, metrics_file
+from tcc_jax.training import metrics, report
 from tcc_jax.training.metrics import SpikeDetector, Window, memory_bytes, model_flops_utilization
-from tcc_jax.training.metrics_file import MetricsFile
+from tcc_jax.training.report import MetricsFile
 from tests.training.runs import small_config
 
 
@@ -32,6 +32,8 @@ def test_opening_drops_the_lines_of_steps_that_come_again(tmp_path):
     first.close()
     # As a kill in the middle of a write would leave it.
     path.write_text(path.read_text() + '{"step": 4, "lo')
+    # As a power cut may.
+    path.write_bytes(path.read_bytes() + b'\0\xff\n{"step": null}\n[1]\n{"loss": 1.0}\n\n')
     second = MetricsFile(path, 2)
     second.write(step=3, loss=9.0)
     second.close()
@@ -99,7 +101,7 @@ def test_a_window_of_skipped_steps_has_no_loss():
 def test_lines_that_find_the_disk_full_are_written_later_without_gap_or_repeat(tmp_path, monkeypatch):
     path, said = tmp_path / "metrics.jsonl", []
     file = MetricsFile(path, 0, said.append)
-    write = metrics_file.os.write
+    write = report.os.write
 
     def half(descriptor, data):
         # What a disk does as it fills up: a part of the line, then nothing.
@@ -108,7 +110,7 @@ def test_lines_that_find_the_disk_full_are_written_later_without_gap_or_repeat(t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_file.os, "write", half)
+        patch.setattr(report.os, "write", half)
         for step in (1, 2):
             file.write(step=step, loss=step / 3)
         with pytest.raises(OSError, match="No space left"):

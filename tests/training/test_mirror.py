@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tcc_jax.storage import as_path
-from tcc_jax.training.mirror import Mirror, mirrored
+from tcc_jax.training.run_directory import Mirror
 from tests.fake_gcs import empty_bucket
 
 
@@ -23,30 +23,30 @@ def uploads(fake):
     return [path.rpartition("/o/")[2] for method, path in fake.requests if path.startswith("/upload")]
 
 
-def test_what_is_there_is_fetched_and_only_what_changes_is_copied(fake, remote, tmp_path):
+def test_what_is_there_is_fetched_and_only_what_changes_is_copied(fake, remote):
     fake.write("run/train.log", b"one\n")
     fake.write("run/status.json", b"{}")
-    mirror = Mirror(tmp_path, remote, ["train.log", "metrics.jsonl"])
-    assert [path.name for path in tmp_path.iterdir()] == ["train.log"]
+    mirror = Mirror(remote, ["train.log", "metrics.jsonl"], None, print)
+    assert [path.name for path in mirror.local.iterdir()] == ["train.log"]
     mirror.sync()
     assert uploads(fake) == []
-    with open(tmp_path / "train.log", "a") as file:
+    with open(mirror.local / "train.log", "a") as file:
         file.write("two\n")
-    (tmp_path / "skipped").mkdir()
-    (tmp_path / "skipped" / "batch.npz").write_bytes(b"batch")
-    (tmp_path / ".status.json.7.tmp").write_bytes(b"half")
+    (mirror.local / "skipped").mkdir()
+    (mirror.local / "skipped" / "batch.npz").write_bytes(b"batch")
+    (mirror.local / ".status.json.7.tmp").write_bytes(b"half")
     for _ in range(2):
         mirror.sync()
     assert sorted(uploads(fake)) == ["run/skipped/batch.npz", "run/train.log"]
     assert fake.read("run/train.log") == b"one\ntwo\n"
 
 
-def test_nothing_is_copied_before_the_first_file_is_there(fake, remote, tmp_path):
-    mirror = Mirror(tmp_path, remote, [], first="config.json")
-    (tmp_path / "status.json").write_text("{}")
+def test_nothing_is_copied_before_the_first_file_is_there(fake, remote):
+    mirror = Mirror(remote, [], "config.json", print)
+    (mirror.local / "status.json").write_text("{}")
     mirror.sync()
     assert fake.names() == []
-    (tmp_path / "config.json").write_text("{}")
+    (mirror.local / "config.json").write_text("{}")
     mirror.sync()
     assert fake.names() == ["run/config.json", "run/status.json"]
 
@@ -61,7 +61,7 @@ def test_failures_are_told_once_and_everything_arrives_in_the_end(fake, remote):
         return None
 
     fake.fail = fail
-    with mirrored(remote, [], None, said.append, every_seconds=0.01) as mirror:
+    with Mirror(remote, [], None, said.append, every_seconds=0.01) as mirror:
         (mirror.local / "status.json").write_text("1")
         for _ in range(3):
             assert failures.acquire(timeout=30)

@@ -32,14 +32,17 @@ for _ in range(6000):
 """
 
 
-def begin(what, linger=0):
+def begin(what, linger=0, nohup=False):
     arguments = [sys.executable, "-c", WORK, what, str(linger)]
+    # What is ignored here is ignored there, and the tests may run under nohup themselves.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("what", ["idle", "deaf"])
 def test_with_nothing_to_save_the_process_leaves_at_once(number, what):
     process = begin(what)
@@ -49,7 +52,7 @@ def test_with_nothing_to_save_the_process_leaves_at_once(number, what):
     assert f"{number.name}: stopped with no unsaved step" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_with_a_step_to_save_the_main_thread_is_left_to_do_it(number):
     process = begin("unsaved")
     process.send_signal(number)
@@ -67,12 +70,27 @@ def test_a_second_signal_ends_at_once():
     assert "SIGTERM again: ending at once" in process.stderr.read()
 
 
+def test_a_terminal_that_closes_asks_once_however_often_it_does():
+    process = begin("unsaved", linger=0.5)
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.05)
+    assert process.communicate(timeout=20)[0] == "asked by SIGHUP\n"
+    assert process.returncode == 0
+
+
+def test_under_nohup_a_terminal_may_close():
+    process = begin("unsaved", nohup=True)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "asked by SIGTERM\n"
+
+
 def test_an_event_loop_in_the_main_thread_loses_no_signal():
     uvloop = pytest.importorskip("uvloop")
-    stop = Stop()
-    stop.must_save()
-    stop.hear_signals()
-    try:
+    with Stop() as stop:
+        stop.must_save()
 
         async def work():
             signal.raise_signal(signal.SIGTERM)
@@ -82,8 +100,6 @@ def test_an_event_loop_in_the_main_thread_loses_no_signal():
 
         uvloop.run(work())
         assert stop.reason == "SIGTERM"
-    finally:
-        stop.ignore_signals()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.training import saving
-from tcc_jax.training.checkpoint import CheckpointWriter, describe, latest_step, restore_state
-from tcc_jax.training.records import whole_steps
+from tcc_jax.training.checkpoint import describe, latest_step, restore_state
+from tcc_jax.training.saving import CheckpointWriter, whole_steps
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config, small_mesh
@@ -29,7 +29,7 @@ def parts(tmp_path_factory):
     )
 
 
-def test_a_full_disk_is_told_and_the_next_save_is_tried(parts, tmp_path):
+def test_a_full_disk_is_told_and_the_next_save_is_tried(parts, tmp_path, capfd):
     state, describe_step, abstract = parts
     said = []
     with CheckpointWriter(tmp_path, keep=5, warn=said.append) as writer:
@@ -51,6 +51,7 @@ def test_a_full_disk_is_told_and_the_next_save_is_tried(parts, tmp_path):
         writer.wait()
         assert (writer.failure, writer.saved_step) == (None, 3)
     assert [line.split(":")[0] for line in said if "warning" in line] == ["warning"]
+    assert "Traceback" not in capfd.readouterr().err
     for step in (1, 3):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -102,3 +103,14 @@ def test_old_ones_go_only_once_a_new_one_is_whole(parts, tmp_path, monkeypatch):
         assert whole_steps(tmp_path) == [1, 3, 4]
         writer.save(6, state, describe_step(6))
     assert whole_steps(tmp_path) == [3, 4, 6]
+
+
+def test_what_lies_among_the_checkpoints_is_left_alone(parts, tmp_path):
+    state, describe_step, _ = parts
+    (tmp_path / "checkpoints" / "5.damaged").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7").write_text("mine")
+    (tmp_path / "checkpoints" / "9" / "state").mkdir(parents=True)
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(1, state, describe_step(1))
+    assert (writer.failure, writer.saved_step) == (None, 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "5.damaged", "7"]

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tcc_jax.terminal import UserError
-from tcc_jax.training import loop, tensorboard
-from tcc_jax.training.tensorboard import Board
+from tcc_jax.training import loop, report
+from tcc_jax.training.report import Board
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config
 
@@ -71,7 +71,7 @@ def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, monkeypatch):
 def test_without_the_extra_the_run_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r'pip install "tcc-jax\[tensorboard\]"'):
-        tensorboard.require_tensorboard()
+        report.require_tensorboard()
     config = small_config(run={"directory": str(tmp_path / "run")}, training={"tensorboard": True})
     with pytest.raises(UserError, match="tensorboardX"):
         loop.train(config)

@@ -1,11 +1,13 @@
 """`python -m tcc_jax.train`: one line for a mistake, and no wait for JAX before it."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 
 from tcc_jax import train as command
+from tcc_jax.terminal import UserError, log, run_command
 from tests.training.corpora import write_small_corpus
 
 
@@ -79,3 +81,12 @@ def test_a_run_from_its_toml_with_an_override(tmp_path):
     assert bad.returncode == 2
     assert bad.stderr == "error: training.batch_rows = 8: must be a multiple of the 3 devices of mesh.data\n"
     assert not (tmp_path / "there").exists()
+
+
+def test_a_message_that_cannot_be_printed_ends_nothing(monkeypatch):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        log("No space left on device")
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: (_ for _ in ()).throw(UserError("mistake")))
+    assert stop.value.code == 2
