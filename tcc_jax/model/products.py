@@ -32,11 +32,17 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array, out: jnp.dtype | type 
 
 def sum_of_outer(a_PK: jax.Array, b_PN: jax.Array) -> jax.Array:
     """Return the sum over P of the outer products of a and b, KN float32: the gradient of a kernel."""
-    # On a CPU, XLA copies the left operand to turn it: let that be the smaller one, and turn the result. The barrier
-    # keeps XLA from swapping them back.
+    return jax.lax.platform_dependent(
+        a_PK, b_PN, cpu=_turned_sum_of_outer, default=functools.partial(contract, "PK,PN->KN")
+    )
+
+
+def _turned_sum_of_outer(a_PK: jax.Array, b_PN: jax.Array) -> jax.Array:
+    # XLA's fast products on a CPU sum over the columns of the left operand. Turn the smaller one, behind a barrier: XLA
+    # would take the transposition back.
     if a_PK.shape[1] > b_PN.shape[1]:
-        return jax.lax.optimization_barrier(contract("PN,PK->NK", b_PN, a_PK)).T
-    return contract("PK,PN->KN", a_PK, b_PN)
+        return jax.lax.optimization_barrier(_turned_sum_of_outer(b_PN, a_PK)).T
+    return contract("KP,PN->KN", jax.lax.optimization_barrier(a_PK.T), b_PN)
 
 
 @jax.custom_vjp
