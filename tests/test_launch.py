@@ -18,7 +18,7 @@ from tcc_jax.config import parse_command_line
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "configs" / "launch"
 RECIPES = ["slurm.sh", "tpu_vm.sh", "xpk.sh"]
-ARGUMENTS = ["configs/laptop.toml", "--training.steps", "7", "--objective.kind", "next-gene"]
+ARGUMENTS = ["configs/laptop.toml", "--training.steps", "7", "--model.position", "rope"]
 CLOUD = dict(PROJECT="project", ZONE="zone", BUCKET="bucket", NAME="first", CORPUS="mine")
 
 # Flags from the synopses of https://cloud.google.com/sdk/gcloud/reference, and from src/xpk/parser of
@@ -108,7 +108,7 @@ def check_training(words, directory, corpus):
     assert Path(words[0]).name == "python" and words[1:3] == ["-m", "tcc_jax.train"]
     config = parse_command_line([str(ROOT / words[3]), *words[4:]])
     assert (config.run.directory, config.data.corpus) == (directory, corpus)
-    assert (config.training.steps, config.objective.kind) == (7, "next-gene")
+    assert (config.training.steps, config.model.position) == (7, "rope")
 
 
 def test_every_file_is_tested_here():

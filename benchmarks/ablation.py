@@ -1,0 +1,127 @@
+"""The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, every row of the table unless named.
+
+Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
+random 20 % visible. Results go to benchmarks/ablation.json as they come; the table of that file is printed at the end.
+Run from the repository's root.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tcc_jax
+from tcc_jax.completion.baselines import SetNeighbours, popularity
+from tcc_jax.completion.evaluation import bootstrap
+from tcc_jax.completion.fitting import recall_of_each, validation_masks
+from tcc_jax.corpus.store import open_corpus
+
+CONFIG = "configs/ablation.toml"
+RESULTS = Path("benchmarks/ablation.json")
+RUNS = Path("runs/ablation")
+
+_WHOLE = "--objective.prompt-genes 0 --training.row-length 128 --training.segments-per-row 8"
+_RANDOM = "--objective.no-spectral-start --optimizer.learning-rate 3e-3"
+ROWS = {
+    "base": "",
+    "start: random": _RANDOM,
+    "start: random, rate 1e-3": "--objective.no-spectral-start",
+    "start: random, no frequency bias": f"{_RANDOM} --objective.no-frequency-bias",
+    "start: random, 6 times the steps": f"{_RANDOM} --training.steps 1800",
+    "rows: whole sets, 2 cuts": _WHOLE,
+    "rows: whole sets, all positions": f"{_WHOLE} --objective.cut-points 0",
+    "next gene, shuffled": f"{_WHOLE} --objective.cut-points 0 --objective.kind next-gene",
+    "next gene, file order, learned positions": f"{_WHOLE} --objective.cut-points 0 --objective.kind next-gene "
+    "--data.gene-order file --model.position learned",
+    "cuts: 1 a set": "--objective.cut-points 1",
+    "cuts: 4 a set": "--objective.cut-points 4",
+    "cuts: 5 to 30 %, 16 genes": "--objective.cut-high 0.3 --objective.prompt-genes 16",
+    "targets: 32": "--objective.target-genes 32",
+    "positions: learned": "--model.position learned",
+    "layers: 2": "--model.num-layers 2",
+    "hidden width: 1024": "--model.hidden-width 1024",
+    "width: 64": "--model.width 64 --model.hidden-width 128",
+    "width: 256": "--model.width 256 --model.hidden-width 512",
+    "dropout: 0.2": "--model.dropout 0.2",
+    "weight decay: 0.1": "--optimizer.weight-decay 0.1",
+    "moving average: 0.99": "--optimizer.ema-decay 0.99",
+    "Muon": "--optimizer.kind muon",
+    "rate: 3e-4": "--optimizer.learning-rate 3e-4",
+    "rate: 3e-3": "--optimizer.learning-rate 3e-3",
+    "false genes: up to half": "--objective.false-genes 0.5",
+    "library weights: pathways 3 times": "--data.library-weights BioPlanet_2019 3 ConsensusPathDB_2015 3 "
+    "PathwayForte_MPath 3 Reactome_2022 3",
+}
+
+
+def main() -> None:
+    """Run the rows, in order, and print the table."""
+    names = sys.argv[1:] or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"error: {unknown[0]}: no such row; the rows are {', '.join(ROWS)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    for name in names:
+        results["rows"][name] = _run(name)
+        results |= {"config": CONFIG, "machine": f"{platform.system()} {platform.machine()}"}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(_table(results["rows"]))
+
+
+def _run(name: str) -> dict[str, Any]:
+    directory = RUNS / "".join(letter if letter.isalnum() else "-" for letter in name)
+    command = [sys.executable, "-m", "tcc_jax.train", CONFIG, "--run.directory", str(directory), *ROWS[name].split()]
+    began = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - began
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in metrics if "tokens_per_second" in line]
+    model = tcc_jax.load(directory)
+    corpus = open_corpus(model.checkpoint.config.data.corpus)
+    masked = validation_masks(corpus, len(corpus.indices("validation")))
+    methods = {"model": model.score}
+    if name == "base":
+        methods |= {"popularity": popularity(corpus.vocabulary), "set-kNN": SetNeighbours(corpus, 500, 3.0)}
+    recalls = {}
+    for method, scorer in methods.items():
+        parts = [masked[start : start + 128] for start in range(0, len(masked), 128)]
+        recalls[method] = np.concatenate(
+            [recall_of_each(np.asarray(scorer([one.visible for one in part])), part) for part in parts]
+        )
+    return {
+        "arguments": ROWS[name],
+        "seconds": round(seconds, 1),
+        "epochs": steps[-1]["epoch"],
+        "training_loss": steps[-1]["loss"],
+        "recall": {method: _with_interval(values) for method, values in recalls.items()},
+        "recall_of_each": [round(value, 5) for value in recalls["model"].tolist()],
+    }
+
+
+def _with_interval(values: np.ndarray) -> list[float]:
+    low, high = bootstrap(values[:, None])
+    return [float(values.mean()), float(low[0]), float(high[0])]
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = ["| row | recall, 95 % interval | against base | passes | s |", "|---|---|---|--:|--:|"]
+    base = np.array(rows["base"]["recall_of_each"])
+    for name, row in rows.items():
+        difference = _with_interval(np.array(row["recall_of_each"]) - base)
+        against = "" if name == "base" else "{:+.4f} ({:+.4f} to {:+.4f})".format(*difference)
+        for method, recall in row["recall"].items():
+            label = name if method == "model" else method
+            recall_cell = "{:.4f} ({:.4f} to {:.4f})".format(*recall)
+            rest = f"{against} | {row['epochs']:.1f} | {row['seconds']:.0f}" if method == "model" else " | |"
+            lines.append(f"| {label} | {recall_cell} | {rest} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
