@@ -83,9 +83,12 @@ def flock(directory: Path) -> Iterator[Callable[[], bool]]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
 
+        # Asked once more after this block, by a watch that says how a run ended: the file is closed by then.
+        mine = os.fstat(file.fileno())
+
         def is_there() -> bool:
             try:
-                return os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK_FILE))
+                return os.path.samestat(mine, os.stat(directory / LOCK_FILE))
             except FileNotFoundError:
                 return False
 

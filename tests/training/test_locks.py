@@ -120,3 +120,5 @@ def test_a_lock_that_was_removed_or_replaced_is_no_longer_held(tmp_path):
         assert not is_held()
         with flock(tmp_path) as is_held_by_another:
             assert is_held_by_another() and not is_held()
+    # A watch asks after the run has let go.
+    assert is_held_by_another() and not is_held()
