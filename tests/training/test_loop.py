@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.config import from_dict
-from tcc_jax.corpus.loader import make_loader
+from tcc_jax.corpus.loader import loader_of_run
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
 from tcc_jax.training import loop, saving
@@ -70,8 +70,8 @@ def same_numbers(lines):
 def disturb(patch, step, action):
     """Do something while `step` (from 1) is under way, as the training batch after it is fetched."""
 
-    def disturbed_loader(corpus, split, *, start_step, **settings):
-        loader = make_loader(corpus, split, start_step=start_step, **settings)
+    def disturbed_loader(config, corpus, split, *, start_step, **settings):
+        loader = loader_of_run(config, corpus, split, start_step=start_step, **settings)
         return DisturbedLoader(loader, start_step) if split == "train" else loader
 
     class DisturbedLoader:
@@ -84,7 +84,7 @@ def disturb(patch, step, action):
                     action()
                 yield batch
 
-    patch.setattr(loop, "make_loader", disturbed_loader)
+    patch.setattr(loop, "loader_of_run", disturbed_loader)
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(corpus, finished, tmp_path, monkeypatch):
@@ -280,8 +280,8 @@ def poison(patch, steps):
 
         return poisoned_loss
 
-    def poisoned_loader(corpus, split, *, start_step, **settings):
-        loader = make_loader(corpus, split, start_step=start_step, **settings)
+    def poisoned_loader(config, corpus, split, *, start_step, **settings):
+        loader = loader_of_run(config, corpus, split, start_step=start_step, **settings)
         return PoisonedLoader(loader, start_step) if split == "train" else loader
 
     class PoisonedLoader:
@@ -294,7 +294,7 @@ def poison(patch, steps):
                 yield batch | {"poison": np.full(len(batch["tokens"]), factor, np.float32)}
 
     patch.setattr(step_module, "_make_loss", make_poisoned_loss)
-    patch.setattr(loop, "make_loader", poisoned_loader)
+    patch.setattr(loop, "loader_of_run", poisoned_loader)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys):
