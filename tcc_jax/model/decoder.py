@@ -26,7 +26,7 @@ NUM_SPECIAL = 16
 _INIT_SCALE = 0.02
 _NORM_EPSILON = 1e-6
 _ROPE_BASE = 10_000.0
-# Where a decoder starts from given directions, its logits are the cosines times this, beside the bias. Of 3 to 20 this
+# Where a decoder starts from given directions, its logits are the cosines times this, beside the bias. Of 6 to 20 this
 # was best (benchmarks/ABLATION.md).
 _COSINE_FACTOR = 10.0
 
