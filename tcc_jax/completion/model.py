@@ -346,7 +346,6 @@ def _last_logits(
 ) -> jax.Array:
     decoder = merge(config, vocabulary_size, row_length, params)
     segments_BT = (tokens_BT != PAD).astype(jnp.int32)
-    h_BTD = decoder(tokens_BT, segments_BT)
-    last_B11 = (segments_BT.sum(axis=1) - 1)[:, None, None]
-    h_BD = jnp.take_along_axis(h_BTD, last_B11, axis=1)[:, 0]
-    return decoder.logits(h_BD)[:, :vocabulary_size]
+    last_B1 = segments_BT.sum(axis=1, keepdims=True) - 1
+    h_B1D = decoder(tokens_BT, segments_BT, columns_BC=last_B1)
+    return decoder.logits(h_B1D[:, 0])[:, :vocabulary_size]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from tcc_jax.config import ModelConfig
-from tcc_jax.model.attention import MASKED, attend, attend_visible, segment_offsets
+from tcc_jax.model.attention import MASKED, attend, attend_visible, segment_offsets, visible_from
 from tcc_jax.model.products import PRODUCT, contract, linear
 
 # The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
@@ -91,6 +91,7 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array,
         dropout_key: jax.Array | None = None,
         execution: Execution | None = None,
+        columns_BC: jax.Array | None = None,
     ) -> jax.Array:
         """Run the decoder up to and including the final norm.
 
@@ -99,9 +100,11 @@ class Decoder(nnx.Module):
             segments_BT: int32, 0 for padding, else the segment's number.
             dropout_key: a JAX key turns dropout on at the configured rate; None turns it off.
             execution: how; None computes in the plainest way.
+            columns_BC: int32, the columns of each row whose hidden states are wanted; None wants all. For a few of
+                them the last block costs little more than its keys and values.
 
         Returns:
-            h_BTD, float32; zero gradients flow through padding.
+            h_BCD, or h_BTD of all columns, float32; zero gradients flow through padding.
         """
         execution = execution or Execution()
         offsets_BT = segment_offsets(segments_BT)
@@ -121,14 +124,21 @@ class Decoder(nnx.Module):
 
         if execution.remat != "none":
             run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[execution.remat])
-        if execution.scan_layers:
-            x_BTD, _ = jax.lax.scan(
-                run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(states, block_keys, strict=True))
-            )
+        inputs = list(zip(states, block_keys, strict=True))
+        last = None if columns_BC is None else inputs.pop()
+        if execution.scan_layers and inputs:
+            x_BTD, _ = jax.lax.scan(run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
         else:
-            for inputs in zip(states, block_keys, strict=True):
-                x_BTD, _ = run_block(x_BTD, inputs)
-        return self.final_norm(x_BTD)
+            for layer in inputs:
+                x_BTD, _ = run_block(x_BTD, layer)
+        if columns_BC is None or last is None:
+            return self.final_norm(x_BTD)
+        visible_BCT = visible_from(segments_BT, columns_BC)
+
+        def attend_columns(q_BCNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+            return attend_visible(q_BCNH, k_BTNH, v_BTNH, visible_BCT)
+
+        return self.final_norm(self.blocks[-1](x_BTD, attend_columns, offsets_BT, last[1], columns_BC))
 
     def extend(
         self, tokens_BT: jax.Array, offsets_BT: jax.Array, visible_BTS: jax.Array, slot: jax.Array | int, cache: Cache
@@ -199,13 +209,14 @@ class Block(nnx.Module):
         attend_layer: Attend,
         offsets_BT: jax.Array,
         dropout_key: jax.Array | None,
+        columns_BC: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the residual stream after the block, BTD float32."""
+        """Return the residual stream after the block, float32: BTD, or BCD of some columns."""
         dropout_keys = _keys(dropout_key, 2)
-        branch_BTD = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT)
-        x_BTD = x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[0])
-        branch_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + _dropout(branch_BTD, self.dropout, dropout_keys[1])
+        branch = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT, columns_BC)
+        x = take_columns(x_BTD, columns_BC) + _dropout(branch, self.dropout, dropout_keys[0])
+        branch = self.feed_forward(self.feed_forward_norm(x))
+        return x + _dropout(branch, self.dropout, dropout_keys[1])
 
 
 class Attention(nnx.Module):
@@ -220,13 +231,18 @@ class Attention(nnx.Module):
         self.value = Linear(width, width, dtype, rngs)
         self.output = Linear(width, width, dtype, rngs, scale=_residual_scale(config))
 
-    def __call__(self, x_BTD: jax.Array, attend_layer: Attend, offsets_BT: jax.Array) -> jax.Array:
-        """Return BTD in the type of the matrix products."""
-        heads = (*x_BTD.shape[:2], self.num_heads, -1)
-        q_BTNH, k_BTNH, v_BTNH = (linear(x_BTD).reshape(heads) for linear in (self.query, self.key, self.value))
+    def __call__(
+        self, x_BTD: jax.Array, attend_layer: Attend, offsets_BT: jax.Array, columns_BC: jax.Array | None = None
+    ) -> jax.Array:
+        """Return BTD in the type of the matrix products, or BCD where only some columns ask."""
+        asking = take_columns(x_BTD, columns_BC)
+        q, k_BTNH, v_BTNH = (
+            layer(x).reshape(*x.shape[:2], self.num_heads, -1)
+            for layer, x in ((self.query, asking), (self.key, x_BTD), (self.value, x_BTD))
+        )
         if self.rotary:
-            q_BTNH, k_BTNH = _rotate(q_BTNH, offsets_BT), _rotate(k_BTNH, offsets_BT)
-        return self.output(attend_layer(q_BTNH, k_BTNH, v_BTNH).reshape(x_BTD.shape))
+            q, k_BTNH = _rotate(q, take_columns(offsets_BT, columns_BC)), _rotate(k_BTNH, offsets_BT)
+        return self.output(attend_layer(q, k_BTNH, v_BTNH).reshape(asking.shape))
 
 
 class FeedForward(nnx.Module):
@@ -266,6 +282,13 @@ class RMSNorm(nnx.Module):
         """Return the normed array, same shape, float32."""
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + _NORM_EPSILON) * self.scale[...]
+
+
+def take_columns(x: jax.Array, columns_BC: jax.Array | None) -> jax.Array:
+    """Return the given columns of each row, BT.. to BC..; None keeps all."""
+    if columns_BC is None:
+        return x
+    return jnp.take_along_axis(x, columns_BC.reshape(*columns_BC.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:

@@ -31,7 +31,7 @@ class Beyond(NamedTuple):
 
 def remaining_set_loss(
     decoder: Decoder,
-    h_BTD: jax.Array,
+    h_BCD: jax.Array,
     tokens_BT: jax.Array,
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
@@ -46,10 +46,10 @@ def remaining_set_loss(
 
     Args:
         decoder: gives the tied embedding and the output bias.
-        h_BTD: float32 final hidden states, as returned by the decoder.
+        h_BCD: float32 final hidden states at the positions to score, as returned by the decoder.
         tokens_BT: int32 ids, 0 for padding.
         segments_BT: int32, 0 for padding, else the segment's number.
-        positions_BC: int32 columns to score; None scores every position that has a target.
+        positions_BC: int32, the columns to score; None scores every position that has a target.
         weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
         replaced_BT: bool, genes of `tokens_BT` that the decoder was not shown: they are to come wherever they stand.
         tile: positions, over all rows, whose logits are held at once; 0 holds them all.
@@ -60,7 +60,7 @@ def remaining_set_loss(
         The sum of the losses in nats and the number of scored positions, float32 both. A position without a target
         (padding, <end>, the last gene of a set cut off without <end>) is never scored.
     """
-    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC, beyond)
+    positions_BC, weights_BC = _scored(segments_BT, positions_BC, weights_BC, beyond)
     position_BC1 = positions_BC[:, :, None]
     index_T = jnp.arange(tokens_BT.shape[1])
     segments_BC = jnp.take_along_axis(segments_BT, positions_BC, axis=1)
@@ -99,7 +99,7 @@ def remaining_set_loss(
 
 def next_gene_loss(
     decoder: Decoder,
-    h_BTD: jax.Array,
+    h_BCD: jax.Array,
     tokens_BT: jax.Array,
     segments_BT: jax.Array,
     positions_BC: jax.Array | None = None,
@@ -111,7 +111,7 @@ def next_gene_loss(
 
     Arguments and results are those of `remaining_set_loss`; `replaced_BT` does not change the target.
     """
-    positions_BC, weights_BC, h_BCD = _scored(h_BTD, segments_BT, positions_BC, weights_BC)
+    positions_BC, weights_BC = _scored(segments_BT, positions_BC, weights_BC)
     next_BC = jnp.minimum(positions_BC + 1, tokens_BT.shape[1] - 1)
     target_BC = jnp.take_along_axis(tokens_BT, next_BC, axis=1)
     bias_BC = decoder.output_bias[target_BC]
@@ -193,12 +193,11 @@ def cut_positions(
 
 
 def _scored(
-    h_BTD: jax.Array,
     segments_BT: jax.Array,
     positions_BC: jax.Array | None,
     weights_BC: jax.Array | None,
     beyond: Beyond | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     # A position has a target if the next column continues its segment (that is a gene, or <end>), or genes lie beyond.
     following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
     has_target_BT = (segments_BT > 0) & (following_BT == segments_BT)
@@ -207,9 +206,8 @@ def _scored(
         has_target_BT |= (segments_BT > 0) & (jnp.take_along_axis(beyond.counts_BM, slots_BT, axis=1) > 0)
     if positions_BC is None or weights_BC is None:
         positions_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
-        return positions_BT, has_target_BT.astype(jnp.float32), h_BTD
-    weights_BC = weights_BC * jnp.take_along_axis(has_target_BT, positions_BC, axis=1)
-    return positions_BC, weights_BC, jnp.take_along_axis(h_BTD, positions_BC[:, :, None], axis=1)
+        return positions_BT, has_target_BT.astype(jnp.float32)
+    return positions_BC, weights_BC * jnp.take_along_axis(has_target_BT, positions_BC, axis=1)
 
 
 def _sum_beyond(decoder: Decoder, beyond: Beyond) -> tuple[jax.Array, jax.Array]:

@@ -42,7 +42,8 @@ def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float 
     """Return the arithmetic of training, forward and backward, for one useful token.
 
     6 x matmul parameters + 12 L D x keys. Matmul parameters are those of the blocks, L (4 D^2 + 2 D F), and the tied
-    head, V D with V padded, once and only where it is computed: times the scored positions of a row over its length.
+    head, V D with V padded, once. What is computed at cut points alone counts times their share of a row: the head,
+    and of the last block all but the keys' and values' 2 D^2.
     Without `keys_per_token` a token attends to T / 2 keys, the plain causal count, which makes the last term 6 L D T.
     The embedding's lookup, norms and recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
 
@@ -55,9 +56,12 @@ def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float 
     """
     model, length = config.model, config.training.row_length
     hidden_width = model.hidden_width or 4 * model.width
-    blocks = model.num_layers * (4 * model.width**2 + 2 * model.width * hidden_width)
+    keys_and_values = 2 * model.width**2
+    rest = keys_and_values + 2 * model.width * hidden_width
+    head = padded_vocabulary_size(vocabulary_size) * model.width
     cut_points = config.objective.cut_points
-    scored_share = config.training.segments_per_row * cut_points / length if cut_points else 1.0
-    head = padded_vocabulary_size(vocabulary_size) * model.width * scored_share
+    share = config.training.segments_per_row * cut_points / length if cut_points else 1.0
+    layers = model.num_layers - 1 + share
+    matmul_parameters = model.num_layers * keys_and_values + layers * rest + share * head
     keys = length / 2 if keys_per_token is None else keys_per_token
-    return 6 * (blocks + head) + 12 * model.num_layers * model.width * keys
+    return 6 * matmul_parameters + 12 * layers * model.width * keys

@@ -157,13 +157,13 @@ def _make_loss(config: Config, vocabulary_size: int, mesh: Mesh, *, training: bo
             shown_BT, replaced_BT = with_false_genes(
                 false_key, tokens_BT, segments_BT, objective.false_genes, vocabulary_size
             )
-        h_BTD = decoder(shown_BT, segments_BT, dropout_key if training else None, execution)
         positions_BC = weights_BC = None
         if objective.cut_points:
             cuts = (objective.cut_points, objective.cut_low, objective.cut_high, batch.get("set_sizes"))
             drawn = cut_positions(cut_key, tokens_BT, batch["starts"], batch["gene_counts"], *cuts)
             positions_BC, weights_BC = (array_BMK.reshape(len(tokens_BT), -1) for array_BMK in drawn)
-        scored = (decoder, h_BTD, tokens_BT, segments_BT, positions_BC, weights_BC, replaced_BT, tile)
+        h_BCD = decoder(shown_BT, segments_BT, dropout_key if training else None, execution, positions_BC)
+        scored = (decoder, h_BCD, tokens_BT, segments_BT, positions_BC, weights_BC, replaced_BT, tile)
         if objective.prompt_genes:
             beyond = Beyond(batch["targets"], batch["set_sizes"] - batch["gene_counts"])
             return remaining_set_loss(*scored, beyond)

@@ -42,10 +42,12 @@ def test_attention_is_six_layers_width_length() -> None:
     assert alone == 6 * 3 * 64 * 32
 
 
-def test_the_head_counts_only_where_it_is_computed() -> None:
+def test_the_head_and_the_last_block_count_only_where_they_are_computed() -> None:
     cut = replace(CONFIG, objective=ObjectiveConfig(cut_points=2))
-    saved = flops_per_token(CONFIG, 300) - flops_per_token(cut, 300)
-    assert saved == pytest.approx(6 * 384 * 64 * (1 - 4 * 2 / 32))
+    saved = flops_per_token(CONFIG, 300, keys_per_token=5) - flops_per_token(cut, 300, keys_per_token=5)
+    # Queries, output, feed-forward and products with the keys; keys and values themselves are computed everywhere.
+    block = 6 * (2 * 64**2 + 2 * 64 * 160) + 12 * 64 * 5
+    assert saved == pytest.approx((6 * 384 * 64 + block) * (1 - 4 * 2 / 32))
 
 
 def test_the_formula_agrees_with_the_compilers_count_of_a_plain_product() -> None:
