@@ -124,21 +124,21 @@ class Decoder(nnx.Module):
 
         if execution.remat != "none":
             run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[execution.remat])
-        inputs = list(zip(states, block_keys, strict=True))
-        last = None if columns_BC is None else inputs.pop()
-        if execution.scan_layers and inputs:
-            x_BTD, _ = jax.lax.scan(run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
+        layers = list(zip(states, block_keys, strict=True))
+        whole = layers if columns_BC is None else layers[:-1]
+        if execution.scan_layers and whole:
+            x_BTD, _ = jax.lax.scan(run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *whole))
         else:
-            for layer in inputs:
+            for layer in whole:
                 x_BTD, _ = run_block(x_BTD, layer)
-        if columns_BC is None or last is None:
+        if columns_BC is None:
             return self.final_norm(x_BTD)
         visible_BCT = visible_from(segments_BT, columns_BC)
 
         def attend_columns(q_BCNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
             return attend_visible(q_BCNH, k_BTNH, v_BTNH, visible_BCT)
 
-        return self.final_norm(self.blocks[-1](x_BTD, attend_columns, offsets_BT, last[1], columns_BC))
+        return self.final_norm(self.blocks[-1](x_BTD, attend_columns, offsets_BT, block_keys[-1], columns_BC))
 
     def extend(
         self, tokens_BT: jax.Array, offsets_BT: jax.Array, visible_BTS: jax.Array, slot: jax.Array | int, cache: Cache
