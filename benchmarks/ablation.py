@@ -1,8 +1,8 @@
 """The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, every row of the table unless named.
 
 Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
-random 20 % visible. Results go to benchmarks/ablation.json as they come; the table of that file is printed at the end.
-Run from the repository's root.
+random 20 % visible. The base goes first: the others are compared with it set by set. Results go to
+benchmarks/ablation.json as they come; the table of that file is printed at the end. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tcc_jax.corpus.store import open_corpus
 CONFIG = "configs/ablation.toml"
 RESULTS = Path("benchmarks/ablation.json")
 RUNS = Path("runs/ablation")
+RECALL = "recall.npy"
 
 _WHOLE = "--objective.prompt-genes 0 --training.row-length 128 --training.segments-per-row 8"
 _RANDOM = "--objective.no-spectral-start --optimizer.learning-rate 3e-3"
@@ -66,6 +67,8 @@ def main() -> None:
     names = sys.argv[1:] or list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
         sys.exit(f"error: {unknown[0]}: no such row; the rows are {', '.join(ROWS)}")
+    if names[0] != "base" and not (RUNS / "base" / RECALL).exists():
+        sys.exit("error: the rows are compared with the base, and it has not been run here; name base first")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for name in names:
         results["rows"][name] = _run(name)
@@ -94,13 +97,14 @@ def _run(name: str) -> dict[str, Any]:
         recalls[method] = np.concatenate(
             [recall_of_each(np.asarray(scorer([one.visible for one in part])), part) for part in parts]
         )
+    np.save(directory / RECALL, recalls["model"])
     return {
         "arguments": ROWS[name],
         "seconds": round(seconds, 1),
         "epochs": steps[-1]["epoch"],
         "training_loss": steps[-1]["loss"],
         "recall": {method: _with_interval(values) for method, values in recalls.items()},
-        "recall_of_each": [round(value, 5) for value in recalls["model"].tolist()],
+        "against_base": _with_interval(recalls["model"] - np.load(RUNS / "base" / RECALL)),
     }
 
 
@@ -110,16 +114,19 @@ def _with_interval(values: np.ndarray) -> list[float]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = ["| row | recall, 95 % interval | against base | passes | s |", "|---|---|---|--:|--:|"]
-    base = np.array(rows["base"]["recall_of_each"])
+    lines = ["| row | recall, 95 % interval | against base | verdict | passes | s |", "|---|---|---|---|--:|--:|"]
     for name, row in rows.items():
-        difference = _with_interval(np.array(row["recall_of_each"]) - base)
-        against = "" if name == "base" else "{:+.4f} ({:+.4f} to {:+.4f})".format(*difference)
+        difference, low, high = row["against_base"]
+        against = verdict = ""
+        if name != "base":
+            against = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
+            verdict = "better" if low > 0 else "worse" if high < 0 else "level"
         for method, recall in row["recall"].items():
             label = name if method == "model" else method
-            recall_cell = "{:.4f} ({:.4f} to {:.4f})".format(*recall)
-            rest = f"{against} | {row['epochs']:.1f} | {row['seconds']:.0f}" if method == "model" else " | |"
-            lines.append(f"| {label} | {recall_cell} | {rest} |")
+            rest = (
+                f"{against} | {verdict} | {row['epochs']:.1f} | {row['seconds']:.0f}" if method == "model" else " | | |"
+            )
+            lines.append("| {} | {:.4f} ({:.4f} to {:.4f}) | {} |".format(label, *recall, rest))
     return "\n".join(lines)
 
 
