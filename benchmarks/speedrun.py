@@ -3,7 +3,7 @@
 Trains CONFIG with a checkpoint every `--every` steps, then completes the reference sets with each of them and tells at
 which one the number of significant sets passes each mark. Seconds are those of training, compilation and checkpoints
 included; they leave out the start of the run (imports, spectral vectors), which the time of the whole command holds.
-Run from the repository's root; a run that was interrupted goes on.
+Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def _measure(model: Model, sets: list[KnownSet], counts: list[DrawnCounts]) -> d
 
 
 def _first(points: list[dict[str, Any]], mark: int) -> dict[str, Any] | None:
-    return next((point for point in points if point["hidden_significant"] > mark), None)
+    return next((point for point in points if point["hidden_significant"] >= mark), None)
 
 
 def _table(record: dict[str, Any]) -> str:
-    lines = ["| significant sets passed | step | seconds | sets seen | FLOPs |", "|--:|--:|--:|--:|--:|"]
+    lines = ["| significant sets | step | seconds | sets seen | FLOPs |", "|--:|--:|--:|--:|--:|"]
     for mark, point in record["marks"].items():
         row = f"{point['step']:,} | {point['seconds']:.0f} | {point['sets']:,} | {point['flops']:.2g}" if point else ""
         lines.append(f"| {mark} | {row or 'not reached | - | - | -'} |")

@@ -21,7 +21,7 @@ from tcc_jax.training.preemption import Stop
 if TYPE_CHECKING:
     from tcc_jax.config import Config
     from tcc_jax.corpus.store import Corpus
-    from tcc_jax.training.validation import Recall
+    from tcc_jax.training.validation import Poll, Recall
 
 
 def main() -> None:
@@ -67,13 +67,13 @@ def _make_recall(config: Config, corpus: Corpus) -> Recall:
     sets = [KnownSet(corpus.names[i], corpus.libraries[i], corpus.genes(i).astype(np.int32)) for i in indices]
     masked, _ = mask_sets(sets, genes_of(corpus.vocabulary.size), seed=config.run.seed)
 
-    def recall(params: dict, step: int, poll: object) -> float:
+    def recall(params: dict, step: int, poll: Poll) -> float:
         model = Model(LoadedCheckpoint({}, config, corpus.vocabulary, params, Path(config.run.directory), step))
         drawn, _ = rank(
             model.score,
             [entry.visible for entry in masked],
             [entry.drawn_count for entry in masked],
-            lambda count: poll(),  # type: ignore[operator]
+            lambda count: poll(),
         )
         shares = [
             np.isin(ids, entry.hidden).sum() / len(entry.hidden) for ids, entry in zip(drawn, masked, strict=True)

@@ -34,8 +34,9 @@ from tcc_jax.training.state import TrainState, create_state
 from tcc_jax.training.step import make_train_step
 
 FORMULA = (
-    "mfu = useful tokens/s x (6 x matmul parameters, the tied head once and only where it is computed, + 6 L D T) "
-    "/ (devices x peak FLOP/s); mfu_segments has 12 L D x keys, those of a token's own segment, in place of 6 L D T"
+    "mfu = useful tokens/s x (6 x matmul parameters, the tied head once, + 6 L D T; head and last block only where "
+    "they are computed) / (devices x peak FLOP/s); mfu_segments has 12 L D x keys, those of a token's own segment, "
+    "in place of 6 L D T"
 )
 
 _WARM_UP = 3

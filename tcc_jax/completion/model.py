@@ -347,5 +347,5 @@ def _last_logits(
     decoder = merge(config, vocabulary_size, row_length, params)
     segments_BT = (tokens_BT != PAD).astype(jnp.int32)
     last_B1 = segments_BT.sum(axis=1, keepdims=True) - 1
-    h_B1D = decoder(tokens_BT, segments_BT, columns_BC=last_B1)
+    h_B1D = decoder(tokens_BT, segments_BT, positions_BC=last_B1)
     return decoder.logits(h_B1D[:, 0])[:, :vocabulary_size]

@@ -88,10 +88,10 @@ def _attend_visible_backward(saved: tuple[jax.Array, ...], d_BTNH: jax.Array) ->
 attend_visible.defvjp(_attend_visible_forward, _attend_visible_backward)
 
 
-def visible_from(segments_BT: jax.Array, columns_BC: jax.Array) -> jax.Array:
-    """Return what each of the given columns sees, BCT bool: its segment up to itself; padding sees nothing."""
-    own_BC1 = jnp.take_along_axis(segments_BT, columns_BC, axis=1)[:, :, None]
-    before_BCT = jnp.arange(segments_BT.shape[1]) <= columns_BC[:, :, None]
+def visible_from(segments_BT: jax.Array, positions_BC: jax.Array) -> jax.Array:
+    """Return what each of the given positions sees, BCT bool: its segment up to itself; padding sees nothing."""
+    own_BC1 = jnp.take_along_axis(segments_BT, positions_BC, axis=1)[:, :, None]
+    before_BCT = jnp.arange(segments_BT.shape[1]) <= positions_BC[:, :, None]
     return (own_BC1 == segments_BT[:, None, :]) & (own_BC1 > 0) & before_BCT
 
 

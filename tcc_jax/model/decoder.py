@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array,
         dropout_key: jax.Array | None = None,
         execution: Execution | None = None,
-        columns_BC: jax.Array | None = None,
+        positions_BC: jax.Array | None = None,
     ) -> jax.Array:
         """Run the decoder up to and including the final norm.
 
@@ -100,11 +100,11 @@ class Decoder(nnx.Module):
             segments_BT: int32, 0 for padding, else the segment's number.
             dropout_key: a JAX key turns dropout on at the configured rate; None turns it off.
             execution: how; None computes in the plainest way.
-            columns_BC: int32, the columns of each row whose hidden states are wanted; None wants all. For a few of
-                them the last block costs little more than its keys and values.
+            positions_BC: int32, the positions of each row whose hidden states are wanted; None wants all. For a few of
+                them the last block costs little more than its keys and values; its attention is then plain XLA.
 
         Returns:
-            h_BCD, or h_BTD of all columns, float32; zero gradients flow through padding.
+            h_BCD, or h_BTD of all positions, float32; zero gradients flow through padding.
         """
         execution = execution or Execution()
         offsets_BT = segment_offsets(segments_BT)
@@ -125,20 +125,20 @@ class Decoder(nnx.Module):
         if execution.remat != "none":
             run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[execution.remat])
         layers = list(zip(states, block_keys, strict=True))
-        whole = layers if columns_BC is None else layers[:-1]
+        whole = layers if positions_BC is None else layers[:-1]
         if execution.scan_layers and whole:
             x_BTD, _ = jax.lax.scan(run_block, x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *whole))
         else:
             for layer in whole:
                 x_BTD, _ = run_block(x_BTD, layer)
-        if columns_BC is None:
+        if positions_BC is None:
             return self.final_norm(x_BTD)
-        visible_BCT = visible_from(segments_BT, columns_BC)
+        visible_BCT = visible_from(segments_BT, positions_BC)
 
-        def attend_columns(q_BCNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+        def attend_positions(q_BCNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
             return attend_visible(q_BCNH, k_BTNH, v_BTNH, visible_BCT)
 
-        return self.final_norm(self.blocks[-1](x_BTD, attend_columns, offsets_BT, block_keys[-1], columns_BC))
+        return self.final_norm(self.blocks[-1](x_BTD, attend_positions, offsets_BT, block_keys[-1], positions_BC))
 
     def extend(
         self, tokens_BT: jax.Array, offsets_BT: jax.Array, visible_BTS: jax.Array, slot: jax.Array | int, cache: Cache
@@ -209,14 +209,14 @@ class Block(nnx.Module):
         attend_layer: Attend,
         offsets_BT: jax.Array,
         dropout_key: jax.Array | None,
-        columns_BC: jax.Array | None = None,
+        positions_BC: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the residual stream after the block, float32: BTD, or BCD of some columns."""
+        """Return the residual stream after the block, float32: BTD, or BCD of some positions."""
         dropout_keys = _keys(dropout_key, 2)
-        branch = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT, columns_BC)
-        x = take_columns(x_BTD, columns_BC) + _dropout(branch, self.dropout, dropout_keys[0])
-        branch = self.feed_forward(self.feed_forward_norm(x))
-        return x + _dropout(branch, self.dropout, dropout_keys[1])
+        branch_BCD = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT, positions_BC)
+        x_BCD = take_positions(x_BTD, positions_BC) + _dropout(branch_BCD, self.dropout, dropout_keys[0])
+        branch_BCD = self.feed_forward(self.feed_forward_norm(x_BCD))
+        return x_BCD + _dropout(branch_BCD, self.dropout, dropout_keys[1])
 
 
 class Attention(nnx.Module):
@@ -232,17 +232,18 @@ class Attention(nnx.Module):
         self.output = Linear(width, width, dtype, rngs, scale=_residual_scale(config))
 
     def __call__(
-        self, x_BTD: jax.Array, attend_layer: Attend, offsets_BT: jax.Array, columns_BC: jax.Array | None = None
+        self, x_BTD: jax.Array, attend_layer: Attend, offsets_BT: jax.Array, positions_BC: jax.Array | None = None
     ) -> jax.Array:
-        """Return BTD in the type of the matrix products, or BCD where only some columns ask."""
-        asking = take_columns(x_BTD, columns_BC)
-        q, k_BTNH, v_BTNH = (
+        """Return BTD in the type of the matrix products, or BCD where only some positions ask."""
+        x_BCD = take_positions(x_BTD, positions_BC)
+        q_BCNH, k_BTNH, v_BTNH = (
             layer(x).reshape(*x.shape[:2], self.num_heads, -1)
-            for layer, x in ((self.query, asking), (self.key, x_BTD), (self.value, x_BTD))
+            for layer, x in ((self.query, x_BCD), (self.key, x_BTD), (self.value, x_BTD))
         )
         if self.rotary:
-            q, k_BTNH = _rotate(q, take_columns(offsets_BT, columns_BC)), _rotate(k_BTNH, offsets_BT)
-        return self.output(attend_layer(q, k_BTNH, v_BTNH).reshape(asking.shape))
+            q_BCNH = _rotate(q_BCNH, take_positions(offsets_BT, positions_BC))
+            k_BTNH = _rotate(k_BTNH, offsets_BT)
+        return self.output(attend_layer(q_BCNH, k_BTNH, v_BTNH).reshape(x_BCD.shape))
 
 
 class FeedForward(nnx.Module):
@@ -284,11 +285,11 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(mean_square + _NORM_EPSILON) * self.scale[...]
 
 
-def take_columns(x: jax.Array, columns_BC: jax.Array | None) -> jax.Array:
-    """Return the given columns of each row, BT.. to BC..; None keeps all."""
-    if columns_BC is None:
+def take_positions(x: jax.Array, positions_BC: jax.Array | None) -> jax.Array:
+    """Return the given positions of each row, BT.. to BC..; None keeps all."""
+    if positions_BC is None:
         return x
-    return jnp.take_along_axis(x, columns_BC.reshape(*columns_BC.shape, *[1] * (x.ndim - 2)), axis=1)
+    return jnp.take_along_axis(x, positions_BC.reshape(*positions_BC.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:

@@ -49,7 +49,7 @@ def remaining_set_loss(
         h_BCD: float32 final hidden states at the positions to score, as returned by the decoder.
         tokens_BT: int32 ids, 0 for padding.
         segments_BT: int32, 0 for padding, else the segment's number.
-        positions_BC: int32, the columns to score; None scores every position that has a target.
+        positions_BC: int32, the positions to score; None scores every position that has a target.
         weights_BC: float32, 1 to score a position and 0 to leave it out; given with `positions_BC`.
         replaced_BT: bool, genes of `tokens_BT` that the decoder was not shown: they are to come wherever they stand.
         tile: positions, over all rows, whose logits are held at once; 0 holds them all.

@@ -42,9 +42,10 @@ def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float 
     """Return the arithmetic of training, forward and backward, for one useful token.
 
     6 x matmul parameters + 12 L D x keys. Matmul parameters are those of the blocks, L (4 D^2 + 2 D F), and the tied
-    head, V D with V padded, once. What is computed at cut points alone counts times their share of a row: the head,
-    and of the last block all but the keys' and values' 2 D^2.
-    Without `keys_per_token` a token attends to T / 2 keys, the plain causal count, which makes the last term 6 L D T.
+    head, V D with V padded, once. Where cut points alone are scored, the head and all of the last block but its keys
+    and values (2 D^2), its share of the last term included, are computed there alone: they count times the cut points
+    of a row over its length. Without `keys_per_token` a token attends to T / 2 keys, the plain causal count, which
+    makes the last term 6 L D T.
     The embedding's lookup, norms and recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
 
     MFU = useful tokens per second x this / (devices x peak of a device).

@@ -41,8 +41,13 @@ def test_equals_a_loop_in_float64(weights):
 
 def test_scores_that_are_all_equal_and_no_vote_leave_the_model():
     visible = [np.array([20], np.int32)]
-    flat = lambda visible: np.full((len(visible), SIZE), 7.3, np.float32)  # noqa: E731
-    none = lambda visible: np.zeros((len(visible), SIZE), np.float32)  # noqa: E731
+
+    def flat(visible):
+        return np.full((len(visible), SIZE), 7.3, np.float32)
+
+    def none(visible):
+        return np.zeros((len(visible), SIZE), np.float32)
+
     mixed, alone = Mixture(scorer(0), flat, none, 0.5, 3.0)(visible), Mixture(scorer(0), flat, none)(visible)
     np.testing.assert_allclose(mixed, alone, rtol=1e-6)
 

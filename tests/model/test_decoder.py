@@ -89,24 +89,27 @@ def test_a_position_sees_only_its_segment_up_to_itself(position):
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_columns_asked_for_are_those_of_a_pass_over_all(position, num_layers):
+def test_positions_asked_for_are_those_of_a_pass_over_all(position, num_layers):
     config = dataclasses.replace(model(position), num_layers=num_layers)
     params = params_of(config)
     batch = pack([SETS, SETS[1:]], LENGTH, 3)
-    # Real columns in any order, one of them twice.
-    columns_BC = np.array([[9, 2, 3, 0, 2], [4, 6, 1, 0, 7]], np.int32)
-    assert np.take_along_axis(batch["segments"], columns_BC, axis=1).all()
+    # Real positions in any order, one of them twice.
+    positions_BC = np.array([[9, 2, 3, 0, 2], [4, 6, 1, 0, 7]], np.int32)
+    assert np.take_along_axis(batch["segments"], positions_BC, axis=1).all()
 
-    def weighed(params, columns_BC, execution):
-        h = merge(config, SIZE, LENGTH, params)(batch["tokens"], batch["segments"], None, execution, columns_BC)
-        h_BCD = h if columns_BC is not None else jnp.take_along_axis(h, asked_BC[:, :, None], axis=1)
+    def weighed(params, execution):
+        decoder = merge(config, SIZE, LENGTH, params)
+        if execution is None:
+            h_BTD = decoder(batch["tokens"], batch["segments"])
+            h_BCD = jnp.take_along_axis(h_BTD, positions_BC[:, :, None], axis=1)
+        else:
+            h_BCD = decoder(batch["tokens"], batch["segments"], None, execution, positions_BC)
         return jnp.sum(jnp.sin(h_BCD) * jnp.arange(5.0)[None, :, None]), h_BCD
 
-    asked_BC = columns_BC
-    run = jax.jit(jax.value_and_grad(weighed, has_aux=True), static_argnums=2)
-    (_, expected_BCD), expected_gradient = run(params, None, Execution())
+    run = jax.jit(jax.value_and_grad(weighed, has_aux=True), static_argnums=1)
+    (_, expected_BCD), expected_gradient = run(params, None)
     for execution in (Execution(), Execution(scan_layers=True, remat="full")):
-        (_, h_BCD), gradient = run(params, columns_BC, execution)
+        (_, h_BCD), gradient = run(params, execution)
         np.testing.assert_allclose(h_BCD, expected_BCD, rtol=1e-5, atol=1e-5)
         for leaf, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
             np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(expected))))

@@ -8,7 +8,7 @@ import pytest
 from tcc_jax.config import ModelConfig
 from tcc_jax.corpus import vocabulary
 from tcc_jax.model import decoder as decoder_module
-from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids, take_columns
+from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids, take_positions
 from tcc_jax.model.objective import LOSSES, Beyond, cut_positions, remaining_set_loss, with_false_genes
 from tests.model.rows import pack, random_rows
 
@@ -75,7 +75,7 @@ def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, tile
 
     def loss(params, h_BTD):
         decoder = merge(MODEL, SIZE, LENGTH, params)
-        h_BCD = take_columns(h_BTD, scored[0] if scored else None)
+        h_BCD = take_positions(h_BTD, scored[0] if scored else None)
         return LOSSES[kind](decoder, h_BCD, batch["tokens"], batch["segments"], *(scored or (None, None)), tile=tile)
 
     value_and_gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -121,7 +121,7 @@ def test_the_target_of_a_prefix_with_replaced_genes_holds_them(case):
     replaced = np.zeros((1, LENGTH), bool)
     replaced[0, 1] = True
     position = np.array([[2]], np.int32), np.ones((1, 1), np.float32)
-    rows = (take_columns(h_BTD[:1], position[0]), batch["tokens"], batch["segments"], *position)
+    rows = (take_positions(h_BTD[:1], position[0]), batch["tokens"], batch["segments"], *position)
     total, _ = LOSSES["remaining-set"](decoder, *rows, replaced)
     # Shown after <start>: a false gene in the place of 20, and 30. To come: 20, 40 and 45.
     log_softmax = jax.nn.log_softmax(decoder.logits(h_BTD[0, 2]))
@@ -160,7 +160,7 @@ def test_remaining_set_loss_is_the_mean_of_next_gene_losses_over_orders(case):
 
     def loss_at_one(kind, order):
         batch = pack([[order]], LENGTH, 1)
-        h_BCD = take_columns(h_BTD[:1], position[0])
+        h_BCD = take_positions(h_BTD[:1], position[0])
         return float(LOSSES[kind](decoder, h_BCD, batch["tokens"], batch["segments"], *position)[0])
 
     orders = ([20, 30, 40], [20, 40, 30])
@@ -248,7 +248,7 @@ def prompt_cuts(batch, beyond, high=0.9):
 
 def prompt_loss(params, h_BTD, batch, beyond, scored):
     decoder = merge(MODEL, SIZE, LENGTH, params)
-    h_BCD = take_columns(h_BTD, scored[0])
+    h_BCD = take_positions(h_BTD, scored[0])
     return remaining_set_loss(decoder, h_BCD, batch["tokens"], batch["segments"], *scored, beyond=beyond)
 
 
