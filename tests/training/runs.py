@@ -1,9 +1,17 @@
-"""A configuration small enough to compile and run in seconds."""
+"""A configuration small enough to compile and run in seconds, and what such a run left behind."""
 
+import json
+from pathlib import Path
+
+import jax
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config, from_dict
+from tcc_jax.corpus.store import open_corpus
+from tcc_jax.training.checkpoint import restore_state
 from tcc_jax.training.sharding import make_mesh
+from tcc_jax.training.state import abstract_state
+from tests.integration.runs import CLOCK
 
 SMALL = {
     "model": {"num_layers": 1, "width": 16, "num_heads": 2, "dropout": 0.1, "matmul_dtype": "float32"},
@@ -32,3 +40,21 @@ def small_config(**sections: dict) -> Config:
 def small_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Return a mesh of so many devices along each axis."""
     return make_mesh(small_config(model={"num_heads": 8}, mesh={"data": data, "fsdp": fsdp, "tensor": tensor}))
+
+
+def config_of(corpus, directory, **sections):
+    return small_config(run={"directory": str(directory)}, data={"corpus": str(corpus)}, **sections)
+
+
+def state_at(config, step):
+    abstract = abstract_state(config, open_corpus(config.data.corpus).vocabulary.size, small_mesh(1))
+    return jax.device_get(restore_state(Path(config.run.directory), step, abstract))
+
+
+def lines_of(config):
+    text = (Path(config.run.directory) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def same_numbers(lines):
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
