@@ -102,6 +102,8 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
 def attention_backend(config: Config, mesh: Mesh) -> str:
     """Return the attention kernel that a run's steps use on a mesh.
 
+    Where cut points alone are scored, the last block asks from few positions and does so in plain XLA.
+
     Raises:
         UserError: `compute.attention` asks for one that these devices or this model cannot have.
     """
