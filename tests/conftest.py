@@ -4,9 +4,12 @@ TCC_TEST_PLATFORM=cuda runs tests on another platform: those of tests/model/test
 """
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TCC_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# In the background a shell has Ctrl-C ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
