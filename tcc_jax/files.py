@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -76,19 +77,22 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             raise UserError(f"{path}: already exists; choose another output folder or pass --overwrite")
         if not any((path / marker).exists() for marker in _REPLACEABLE):
             raise UserError(f"{path}: not a result of tcc_jax, so not overwritten; choose another output folder")
-    made = _make_parents(path)
+    # Both known before anything is made, so that a signal at any moment finds all there is to remove.
+    missing = [parent for parent in path.parents if not parent.exists()]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        _remove_folders(made)
-        raise UserError(f"{path}: cannot write here: {error.strerror}") from None
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise UserError(f"{path}: cannot write here: {error.strerror}") from None
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
         _move_into_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_folders(made)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError) and error.filename is None:
             # A full disk is reported without a name; say which output it was.
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
@@ -136,24 +140,3 @@ def _move_into_place(new: Path, path: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside)
-
-
-def _make_parents(path: Path) -> list[Path]:
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot make the folder: {error.strerror}") from None
-    return missing
-
-
-def _remove_folders(folders: list[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

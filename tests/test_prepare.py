@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.files import atomic_folder
 from tests.corpus.corpora import random_sets, write_gmt_file
 
 
@@ -77,6 +79,21 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, number):
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["new", ".out."])
+def test_a_signal_while_folders_are_made_leaves_nothing(tmp_path, monkeypatch, name):
+    make = Path.mkdir
+
+    def make_and_be_interrupted(folder, *arguments, **options):
+        make(folder, *arguments, **options)
+        if folder.name.startswith(name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", make_and_be_interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "new" / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
