@@ -72,7 +72,14 @@ def status_of(run):
 def test_two_processes_stop_together_and_one_goes_on(tmp_path, nursery):
     # Every step writes its line and there are many: the signal falls among them.
     sections = {"steps": STEPS, "log_every": 1, "eval_every": 20}
-    toml = write_run(tmp_path, training=sections, checkpoint={"every_steps": 1000, "every_minutes": 0.0})
+    # At a learning rate of 0.01 this model is unstable: 1e-6 of it changes the loss of step 60 by 1e-2, on one mesh.
+    # At 0.003 two meshes stay within 3e-7 of each other.
+    toml = write_run(
+        tmp_path,
+        training=sections,
+        optimizer={"learning_rate": 0.003},
+        checkpoint={"every_steps": 1000, "every_minutes": 0.0},
+    )
     run = tmp_path / "run"
     with two_processes(tmp_path, nursery, toml, "--run.directory", run) as children:
         wait_until(lambda: lines_in(run) >= 5, children)
@@ -95,9 +102,9 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, nursery):
     assert [line["step"] for line in moved] == [line["step"] for line in straight]
     assert len({(line["step"], "loss" in line) for line in moved}) == len(moved)
     # The stream of batches is the same; two meshes differ in the order of sums.
-    for name, tolerance in (("loss", 1e-4), ("learning_rate", 1e-6)):
+    for name in ("loss", "learning_rate"):
         pairs = [(a[name], b[name]) for a, b in zip(moved, straight, strict=True) if name in a]
-        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=tolerance)
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-6)
 
 
 @pytest.mark.parametrize(
