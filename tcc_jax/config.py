@@ -39,6 +39,10 @@ class DataConfig:
     """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
     library_weights: dict[str, float] = field(default_factory=dict)
     """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`."""
+    library_balance: float = 0.0
+    """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
+    cluster_balance: float = 0.0
+    """Exponent b: a set is seen (training sets among its near-duplicates, itself included)^-b as often."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.width": (1, 2**20),
     "model.num_heads": (1, 2**12),
     "model.hidden_width": (0, 2**22),
+    "data.library_balance": (0, 1),
+    "data.cluster_balance": (0, 1),
     "model.dropout": (0, 0.99),
     "objective.cut_points": (0, 1024),
     "objective.cut_low": (0, 1),

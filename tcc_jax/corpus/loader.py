@@ -24,8 +24,8 @@ Batch = dict[str, np.ndarray]
 class BatchSource(grain.sources.RandomAccessDataSource):
     """Batches by step. Every epoch deals the sets of each length anew to the slots of the plan, and shuffles the rows.
 
-    Without library weights an epoch shows every set once. With them, a set of weight w is seen w / (mean weight of the
-    sets) times in an epoch on average, by systematic resampling: floor or ceiling of that each time. An epoch keeps its
+    Without weights an epoch shows every set once. With them, a set of weight w is seen w / (mean weight of the sets)
+    times in an epoch on average, by systematic resampling: floor or ceiling of that each time. An epoch keeps its
     rows, so sets drawn more often than there are slots of their length go to the nearest ones left free: in a shorter
     slot a set gives a fresh random subset, in a longer one it leaves padding.
 
@@ -52,6 +52,8 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         seed: int,
         gene_order: Literal["shuffled", "file"] = "shuffled",
         library_weights: Mapping[str, float] | None = None,
+        library_balance: float = 0.0,
+        cluster_balance: float = 0.0,
         prompt_genes: int = 0,
         prompt_share: float = 1.0,
         target_genes: int = 0,
@@ -60,6 +62,8 @@ class BatchSource(grain.sources.RandomAccessDataSource):
     ) -> None:
         """Plan the epoch. `batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
 
+        A set's weight is that of its library, 1 unless named, times the number of sets of its library in the split to
+        the power -`library_balance`, times the number in its near-duplicate cluster to the power -`cluster_balance`.
         `prompt_genes` and `prompt_share` are those of `packing.prompt_lengths`; 0 and `target_genes` 0 give whole sets.
 
         Raises:
@@ -76,7 +80,7 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             raise UserError(f"{corpus.path}: no {split} sets in this corpus; prepare it with a larger share")
         self._prompt_genes, self._prompt_share, self._target_genes = prompt_genes, prompt_share, target_genes
         self._lengths = np.minimum(self._whole_lengths(corpus.lengths[self._sets]), row_length)
-        self._weights = _set_weights(corpus, split, library_weights or {})
+        self._weights = _set_weights(corpus, split, library_weights or {}, library_balance, cluster_balance)
         self.plan: Plan = plan_rows(self._lengths, row_length, segments_per_row)
         self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
         self._host_rows = slice(host * batch_rows // num_hosts, (host + 1) * batch_rows // num_hosts)
@@ -245,7 +249,7 @@ def make_loader(corpus: Corpus, split: Split, *, start_step: int = 0, **settings
 def loader_of_run(
     config: Config, corpus: Corpus, split: Split, *, start_step: int = 0, num_hosts: int = 1, host: int = 0
 ) -> Loader:
-    """Return the batches that a configuration asks for. Library weights hold for training alone.
+    """Return the batches that a configuration asks for. Weights of sets hold for training alone.
 
     Raises:
         UserError: as `BatchSource`.
@@ -259,14 +263,22 @@ def loader_of_run(
         "gene_order": config.data.gene_order,
     }
     if split == "train":
-        settings["library_weights"] = config.data.library_weights
+        settings |= {
+            name: getattr(config.data, name) for name in ("library_weights", "library_balance", "cluster_balance")
+        }
     if objective.prompt_genes:
         settings |= {"prompt_genes": objective.prompt_genes, "prompt_share": objective.cut_high}
         settings["target_genes"] = objective.target_genes
     return make_loader(corpus, split, start_step=start_step, num_hosts=num_hosts, host=host, **settings)
 
 
-def _set_weights(corpus: Corpus, split: Split, library_weights: Mapping[str, float]) -> np.ndarray:
+def _set_weights(
+    corpus: Corpus,
+    split: Split,
+    library_weights: Mapping[str, float],
+    library_balance: float,
+    cluster_balance: float,
+) -> np.ndarray:
     known = sorted(set(corpus.libraries))
     for name in library_weights:
         if name not in known:
@@ -274,7 +286,12 @@ def _set_weights(corpus: Corpus, split: Split, library_weights: Mapping[str, flo
             raise UserError(
                 f"data.library_weights: {name}: no such library in {corpus.path}; the nearest are {nearest}"
             )
-    weights = np.array([library_weights.get(corpus.libraries[index], 1.0) for index in corpus.indices(split)])
+    sets = corpus.indices(split)
+    libraries = [corpus.libraries[index] for index in sets]
+    weights = np.array([library_weights.get(library, 1.0) for library in libraries])
+    for groups, exponent in ((libraries, library_balance), (corpus.clusters[sets], cluster_balance)):
+        _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        weights *= sizes[group] ** -exponent
     if not weights.any():
         raise UserError(
             f"data.library_weights: every library with {split} sets in {corpus.path} has weight 0; give one a weight"

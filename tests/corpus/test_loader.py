@@ -1,5 +1,6 @@
 """Batches: what a row holds, purity in (seed, step), hosts, epochs, subsets of long sets, library weights."""
 
+import dataclasses
 import hashlib
 import itertools
 from pathlib import Path
@@ -208,6 +209,29 @@ def test_sets_are_seen_in_proportion_to_the_weight_of_their_library():
     t = np.sqrt(np.log(2 * len(weights) / 1e-6) / (2 * epochs))
     assert t < 0.16
     assert (abs(counts.mean(axis=0) - expected) < t).all()
+
+
+def test_a_set_is_weighted_by_the_sizes_of_its_library_and_of_its_cluster():
+    corpus = numbered_corpus({"large": [10] * 8, "small": [10] * 2, "single": [10]})
+    # The first four sets of the large library are near-duplicates, and one of the small library is another.
+    clusters = np.array([0, 0, 0, 0, 1, 2, 3, 4, 0, 5, 6])
+    corpus = dataclasses.replace(corpus, clusters=clusters)
+    shares = np.array([1 / 8] * 8 + [1 / 2] * 2 + [1.0])
+    cases = [
+        ({"library_balance": 1.0}, shares),
+        ({"library_balance": 0.5}, shares**0.5),
+        ({"cluster_balance": 1.0}, np.where(clusters == 0, 1 / 5, 1)),
+        ({"cluster_balance": 0.5, "library_balance": 1.0}, np.where(clusters == 0, 5**-0.5, 1) * shares),
+    ]
+    for settings, weights in cases:
+        source, sets_of = weighted_source(corpus, {"single": 0.5}, **settings)
+        weights = weights * np.where(np.array(corpus.libraries) == "single", 0.5, 1)
+        epochs = 400
+        seen = sum(np.bincount(sets_of(source[epoch]), minlength=len(weights)) for epoch in range(epochs)) / epochs
+        # Hoeffding, as above: 11 sets in 4 cases.
+        t = np.sqrt(np.log(2 * 44 / 1e-6) / (2 * epochs))
+        np.testing.assert_allclose(seen, weights / weights.mean(), atol=t)
+    assert t < 0.16
 
 
 def test_weights_leave_the_rows_of_an_epoch():
