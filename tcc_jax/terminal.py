@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -79,7 +80,7 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         if flags.count(flag) > 1:
             # tyro would keep the last and drop the others without a word.
             raise UserError(f"{flag}: given twice; give it once, with all its values after it")
-    captured = io.StringIO()
+    captured = _Captured()
     try:
         with contextlib.redirect_stderr(captured):
             return tyro.cli(kind, args=arguments, **settings)
@@ -92,6 +93,17 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
         words = re.sub("^.*?-{8,} +|-{8,} *", "", words)
         raise UserError(words or "wrong arguments; see --help") from None
+
+
+class _Captured(io.StringIO):
+    """In place of standard error, takes what its own thread writes; what others say, of a signal, is still printed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread, self._printed = threading.get_ident(), sys.stderr
+
+    def write(self, text: str) -> int:
+        return super().write(text) if threading.get_ident() == self._thread else self._printed.write(text)
 
 
 def log(message: str) -> None:
