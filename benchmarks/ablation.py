@@ -1,17 +1,18 @@
 """The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, every row of the table unless named.
 
 Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
-random 20 % visible. The base goes first: the others are compared with it set by set. Results go to
-benchmarks/ablation.json as they come; the table of that file is printed at the end. Run from the repository's root.
+random 20 % visible. The base goes first: the others are compared with it set by set. Rows named `full: ..` are of the
+whole corpus and are compared with `full: base`, by the mean over libraries. Results go to benchmarks/ablation.json as
+they come; the table of that file is printed at the end. Run from the repository's root.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,22 @@ import tcc_jax
 from tcc_jax.completion.baselines import SetNeighbours, popularity
 from tcc_jax.completion.evaluation import bootstrap
 from tcc_jax.completion.fitting import recall_of_each, validation_masks
+from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.store import open_corpus
 
 CONFIG = "configs/ablation.toml"
 RESULTS = Path("benchmarks/ablation.json")
 RUNS = Path("runs/ablation")
 RECALL = "recall.npy"
+FULL = "full: "
+# Of each library of the whole corpus; they hold 1 to 184 validation sets.
+SETS_A_LIBRARY = 8
 
 _WHOLE = "--objective.prompt-genes 0 --training.row-length 128 --training.segments-per-row 8"
+_FULL = (
+    "--data.corpus corpora/full --model.hidden-width 512 --training.steps 1000 --training.batch-rows 32 "
+    "--training.segments-per-row 6 --optimizer.warmup-steps 200"
+)
 _RANDOM = "--objective.no-spectral-start --optimizer.learning-rate 3e-3"
 ROWS = {
     "base": "",
@@ -59,6 +68,9 @@ ROWS = {
     "false genes: up to half": "--objective.false-genes 0.5",
     "library weights: pathways 3 times": "--data.library-weights BioPlanet_2019 3 ConsensusPathDB_2015 3 "
     "PathwayForte_MPath 3 Reactome_2022 3",
+    f"{FULL}base": _FULL,
+    f"{FULL}library balance 0.5": f"{_FULL} --data.library-balance 0.5",
+    f"{FULL}cluster balance 0.5": f"{_FULL} --data.cluster-balance 0.5",
 }
 
 
@@ -67,8 +79,10 @@ def main() -> None:
     names = sys.argv[1:] or list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
         sys.exit(f"error: {unknown[0]}: no such row; the rows are {', '.join(ROWS)}")
-    if names[0] != "base" and not (RUNS / "base" / RECALL).exists():
-        sys.exit("error: the rows are compared with the base, and it has not been run here; name base first")
+    for index, name in enumerate(names):
+        base = _base_of(name)
+        if base not in names[: index + 1] and not (_directory(base) / RECALL).exists():
+            sys.exit(f"error: {name}: is compared with {base}, which has not been run here; name {base} first")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for name in names:
         results["rows"][name] = _run(name)
@@ -77,19 +91,28 @@ def main() -> None:
     print(_table(results["rows"]))
 
 
+def _base_of(name: str) -> str:
+    return f"{FULL}base" if name.startswith(FULL) else "base"
+
+
+def _directory(name: str) -> Path:
+    return RUNS / "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
 def _run(name: str) -> dict[str, Any]:
-    directory = RUNS / "".join(letter if letter.isalnum() else "-" for letter in name)
+    directory, base = _directory(name), _base_of(name)
     command = [sys.executable, "-m", "tcc_jax.train", CONFIG, "--run.directory", str(directory), *ROWS[name].split()]
-    began = time.perf_counter()
     subprocess.run(command, check=True)
-    seconds = time.perf_counter() - began
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "tokens_per_second" in line]
     model = tcc_jax.load(directory)
     corpus = open_corpus(model.checkpoint.config.data.corpus)
     masked = validation_masks(corpus, len(corpus.indices("validation")))
+    weights = np.ones(len(masked))
+    if name.startswith(FULL):
+        masked, weights = _alike_by_library(masked)
     methods = {"model": model.score}
-    if name == "base":
+    if name == base:
         methods |= {"popularity": popularity(corpus.vocabulary), "set-kNN": SetNeighbours(corpus, 500, 3.0)}
     recalls = {}
     for method, scorer in methods.items():
@@ -100,12 +123,24 @@ def _run(name: str) -> dict[str, Any]:
     np.save(directory / RECALL, recalls["model"])
     return {
         "arguments": ROWS[name],
-        "seconds": round(seconds, 1),
+        "seconds": steps[-1]["seconds"],
         "epochs": steps[-1]["epoch"],
         "training_loss": steps[-1]["loss"],
-        "recall": {method: _with_interval(values) for method, values in recalls.items()},
-        "against_base": _with_interval(recalls["model"] - np.load(RUNS / "base" / RECALL)),
+        "recall": {method: _with_interval(values * weights) for method, values in recalls.items()},
+        "against_base": _with_interval((recalls["model"] - np.load(_directory(base) / RECALL)) * weights),
     }
+
+
+def _alike_by_library(masked: list[MaskedSet]) -> tuple[list[MaskedSet], np.ndarray]:
+    """Return the first sets of each library, and weights of mean 1 that make every library count alike."""
+    taken: collections.Counter[str] = collections.Counter()
+    chosen = []
+    for one in masked:
+        if taken[one.library] < SETS_A_LIBRARY:
+            taken[one.library] += 1
+            chosen.append(one)
+    weights = np.array([1 / taken[one.library] for one in chosen])
+    return chosen, weights / weights.mean()
 
 
 def _with_interval(values: np.ndarray) -> list[float]:
@@ -118,7 +153,7 @@ def _table(rows: dict[str, Any]) -> str:
     for name, row in rows.items():
         difference, low, high = row["against_base"]
         against = verdict = ""
-        if name != "base":
+        if name != _base_of(name):
             against = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
             verdict = "better" if low > 0 else "worse" if high < 0 else "level"
         for method, recall in row["recall"].items():

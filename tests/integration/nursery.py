@@ -28,6 +28,8 @@ class Nursery:
         variables = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment
         # Without this, programs that compile in a blink are not kept, and every start compiles them again.
         variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        # Compiled as for a user, and not as quickly as in the other tests (tests/conftest.py).
+        variables.pop("XLA_FLAGS", None)
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.nursery"],
             cwd=ROOT,

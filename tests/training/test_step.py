@@ -115,15 +115,16 @@ def test_microbatches_take_the_mean_over_the_whole_batch(data):
 
 def test_the_average_follows_the_parameters():
     config = small_config(optimizer={"ema_decay": 0.5})
-    state = take_steps(config, 0)[0]
+    mesh = make_mesh(config)
+    state, train_step = create_state(config, SIZE, None, mesh), make_train_step(config, SIZE, mesh)
     average = before = jax.device_get(state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.evaluated), before)
     for num_steps in (1, 2, 3):
-        state = take_steps(config, num_steps)[0]
+        state, _ = train_step(state, shard_batch(pack(random_rows(num_steps, 8, 32, SIZE), 32, 6), mesh))
         decay = min(0.5, num_steps / (9 + num_steps))
-        average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), average, state.params)
+        average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.evaluated), average)
-    plain = take_steps(small_config(), 3)[0]
+    plain = create_state(small_config(), SIZE, None, mesh)
     assert plain.average == {}
     assert plain.evaluated is plain.params
 
