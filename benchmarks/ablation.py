@@ -1,4 +1,4 @@
-"""The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, every row of the table unless named.
+"""The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, all on the small corpus unless named.
 
 Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
 random 20 % visible. The base goes first: the others are compared with it set by set. Rows named `full: ..` are of the
@@ -76,7 +76,7 @@ ROWS = {
 
 def main() -> None:
     """Run the rows, in order, and print the table."""
-    names = sys.argv[1:] or list(ROWS)
+    names = sys.argv[1:] or [name for name in ROWS if not name.startswith(FULL)]
     if unknown := [name for name in names if name not in ROWS]:
         sys.exit(f"error: {unknown[0]}: no such row; the rows are {', '.join(ROWS)}")
     for index, name in enumerate(names):

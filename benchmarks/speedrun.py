@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import tyro
 
 import tcc_jax
 from tcc_jax.completion.evaluation import run_method
-from tcc_jax.completion.model import Model
 from tcc_jax.completion.protocol import DrawnCounts, genes_of, mask_last_genes, read_drawn_counts
+from tcc_jax.completion.ranker import Scorer
 from tcc_jax.completion.sets import GeneFinder, KnownSet, read_sets
 from tcc_jax.config import read_toml
 from tcc_jax.corpus.gmt import Problems
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.symbols import SymbolTable
+from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import parse_arguments, run_command
 from tcc_jax.training.checkpoint import packages
 from tcc_jax.training.flops import flops_per_token
@@ -76,9 +78,7 @@ def _speedrun() -> None:
     steps = sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
     corpus = open_corpus(config.data.corpus)
     flops = flops_per_token(config, corpus.vocabulary.size)
-    finder = GeneFinder(SymbolTable.read(options.hgnc), corpus.vocabulary)
-    sets = list(read_sets([str(options.gmt)], finder, Problems(), "description"))
-    counts = read_drawn_counts(options.drawn_counts, sets)
+    sets, counts = read_reference(options, corpus.vocabulary)
     points = []
     for step in steps:
         window = windows[max((at for at in windows if at <= step), default=min(windows))]
@@ -86,7 +86,7 @@ def _speedrun() -> None:
         tokens = seen * window["tokens_per_second"] / window["sets_per_second"]
         model = tcc_jax.load(str(directory / "checkpoints" / str(step)))
         point = {"step": step, "seconds": model.checkpoint.meta["elapsed_seconds"], "sets": round(seen)}
-        points.append(point | {"flops": tokens * flops} | _measure(model, sets, counts))
+        points.append(point | {"flops": tokens * flops} | measure(model.score, sets, counts, model.vocabulary.size))
         print(json.dumps(points[-1]), flush=True)
     record = {
         "config": config.to_dict(),
@@ -95,28 +95,38 @@ def _speedrun() -> None:
         "packages": packages(),
         "wall_seconds_of_training_command": round(wall, 1),
         "points": points,
-        "marks": {mark: _first(points, mark) for mark in options.marks},
+        "marks": first_points(points, options.marks),
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(_table(record))
+    print(table(record))
 
 
-def _measure(model: Model, sets: list[KnownSet], counts: list[DrawnCounts]) -> dict[str, float]:
-    candidates_V = genes_of(model.vocabulary.size)
+def read_reference(options: Options, vocabulary: Vocabulary) -> tuple[list[KnownSet], list[DrawnCounts]]:
+    """Return the reference sets, and their published tables."""
+    finder = GeneFinder(SymbolTable.read(options.hgnc), vocabulary)
+    sets = list(read_sets([str(options.gmt)], finder, Problems(), "description"))
+    return sets, read_drawn_counts(options.drawn_counts, sets)
+
+
+def measure(scorer: Scorer, sets: list[KnownSet], counts: list[DrawnCounts], size: int) -> dict[str, float]:
+    """Return the significant sets and the recall, with as many genes drawn as hidden and as the original drew."""
+    candidates_V = genes_of(size)
     found: dict[str, float] = {}
     for drawn in ("hidden", "recorded"):
         masked = mask_last_genes(sets, counts, drawn == "hidden", int(candidates_V.sum()))
-        outcome = run_method("model", model.score, [masked], candidates_V)
+        outcome = run_method("model", scorer, [masked], candidates_V)
         found[f"{drawn}_significant"] = int(outcome.significant(_ALPHA).sum())
         found[f"{drawn}_recall"] = round(float(outcome.per_set("recall").mean()), 4)
     return found
 
 
-def _first(points: list[dict[str, Any]], mark: int) -> dict[str, Any] | None:
-    return next((point for point in points if point["hidden_significant"] >= mark), None)
+def first_points(points: list[dict[str, Any]], marks: Sequence[int]) -> dict[int, dict[str, Any] | None]:
+    """Return for each mark the first point with as many significant sets, or None."""
+    return {mark: next((p for p in points if p["hidden_significant"] >= mark), None) for mark in marks}
 
 
-def _table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
+    """Return when each mark was passed, and what the last step has."""
     lines = ["| significant sets | step | seconds | sets seen | FLOPs |", "|--:|--:|--:|--:|--:|"]
     for mark, point in record["marks"].items():
         row = f"{point['step']:,} | {point['seconds']:.0f} | {point['sets']:,} | {point['flops']:.2g}" if point else ""
