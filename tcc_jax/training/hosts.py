@@ -161,8 +161,12 @@ class Peers:
 
     def __enter__(self) -> Peers:
         _hold_up_aborts()
-        for work in (self._beat, self._guard):
-            threading.Thread(target=work, name=f"peers {work.__name__}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, name=f"peers {work.__name__}", daemon=True)
+            for work in (self._beat, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -171,6 +175,8 @@ class Peers:
             self._silence = min(self._timeout, _SILENCE_AFTER_FAILURE)
             time.sleep(self._silence + 10 * _BEAT_SECONDS)
         self._left.set()
+        # A beat under way would overwrite the last word; but it hangs where the first process is stopped.
+        self._threads[0].join(10 * _BEAT_SECONDS)
         if kind is not None:
             # JAX would wait for the others at the end of the interpreter, and abort when they are gone.
             atexit.register(_end, 2 if issubclass(kind, (UserError, OSError)) else 1)

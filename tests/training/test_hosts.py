@@ -217,12 +217,30 @@ def test_a_silent_process_is_named_to_the_others(watch_of):
     assert first_said == ["process 1 has given no sign for 0 s"]
 
 
+def test_a_beat_under_way_does_not_overwrite_the_last_word(watch_of):
+    peers, _ = watch_of(1, 60.0)
+    service, beating = peers._client, threading.Event()
+    write = service.key_value_set
+
+    def write_late(key, value, allow_overwrite=False):
+        if value.isdigit():
+            beating.set()
+            time.sleep(0.1)
+        write(key, value, allow_overwrite)
+
+    service.key_value_set = write_late
+    with peers:
+        assert beating.wait(10)
+    time.sleep(0.3)
+    assert service.values["tcc_jax/alive/1"] == hosts._DONE
+
+
 def test_a_process_that_ends_properly_is_not_missed_and_one_that_fails_is(watch_of):
-    (first, said), (second, _) = watch_of(0, 0.3), watch_of(1, 60.0)
+    (first, said), (second, _) = watch_of(0, 1.0), watch_of(1, 60.0)
     with first:
         with second:
             time.sleep(0.2)
-        time.sleep(0.8)
+        time.sleep(2.0)
         assert said == []
         third, _ = watch_of(1, 60.0)
         third._tell("tcc_jax/alive/1", "failed: its disk is full")
