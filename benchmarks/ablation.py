@@ -1,4 +1,4 @@
-"""The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, all on the small corpus unless named.
+"""The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, without names all on the small corpus.
 
 Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
 random 20 % visible. The base goes first: the others are compared with it set by set. Rows named `full: ..` are of the
@@ -13,6 +13,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def _directory(name: str) -> Path:
 def _run(name: str) -> dict[str, Any]:
     directory, base = _directory(name), _base_of(name)
     command = [sys.executable, "-m", "tcc_jax.train", CONFIG, "--run.directory", str(directory), *ROWS[name].split()]
+    began = time.perf_counter()
     subprocess.run(command, check=True)
+    seconds = time.perf_counter() - began
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "tokens_per_second" in line]
     model = tcc_jax.load(directory)
@@ -123,7 +126,7 @@ def _run(name: str) -> dict[str, Any]:
     np.save(directory / RECALL, recalls["model"])
     return {
         "arguments": ROWS[name],
-        "seconds": steps[-1]["seconds"],
+        "seconds": round(seconds, 1),
         "epochs": steps[-1]["epoch"],
         "training_loss": steps[-1]["loss"],
         "recall": {method: _with_interval(values * weights) for method, values in recalls.items()},

@@ -42,7 +42,7 @@ class DataConfig:
     library_balance: float = 0.0
     """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
     cluster_balance: float = 0.0
-    """Exponent b: a set is seen (training sets among its near-duplicates, itself included)^-b as often."""
+    """Exponent b: a set is seen (training sets of its near-duplicate cluster)^-b as often."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +242,12 @@ _SHORT = {
 # The smallest and largest value a field may take; the rest is checked by type alone.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**32 - 1),
+    "data.library_balance": (0, 1),
+    "data.cluster_balance": (0, 1),
     "model.num_layers": (1, 1000),
     "model.width": (1, 2**20),
     "model.num_heads": (1, 2**12),
     "model.hidden_width": (0, 2**22),
-    "data.library_balance": (0, 1),
-    "data.cluster_balance": (0, 1),
     "model.dropout": (0, 0.99),
     "objective.cut_points": (0, 1024),
     "objective.cut_low": (0, 1),

@@ -156,7 +156,7 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         number, weights = len(self._weights), self._weights
         if (weights == weights[0]).all():
             return np.ones(number, np.int64)
-        # Drawn along weights, and along lengths within: what libraries of one weight are due is met to within one set.
+        # Drawn along weights, and along lengths within: what sets of one weight are due is met to within one set.
         shuffled = random.permutation(number)
         shuffled = shuffled[np.lexsort((self._lengths[shuffled], weights[shuffled]))]
         sums = np.cumsum(weights[shuffled])
@@ -290,8 +290,9 @@ def _set_weights(
     libraries = [corpus.libraries[index] for index in sets]
     weights = np.array([library_weights.get(library, 1.0) for library in libraries])
     for groups, exponent in ((libraries, library_balance), (corpus.clusters[sets], cluster_balance)):
-        _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        weights *= sizes[group] ** -exponent
+        if exponent:
+            _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+            weights *= sizes[group] ** -exponent
     if not weights.any():
         raise UserError(
             f"data.library_weights: every library with {split} sets in {corpus.path} has weight 0; give one a weight"

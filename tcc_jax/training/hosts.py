@@ -161,12 +161,9 @@ class Peers:
 
     def __enter__(self) -> Peers:
         _hold_up_aborts()
-        self._threads = [
-            threading.Thread(target=work, name=f"peers {work.__name__}", daemon=True)
-            for work in (self._beat, self._guard)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._beating = threading.Thread(target=self._beat, name="peers beat", daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._guard, name="peers guard", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -175,8 +172,8 @@ class Peers:
             self._silence = min(self._timeout, _SILENCE_AFTER_FAILURE)
             time.sleep(self._silence + 10 * _BEAT_SECONDS)
         self._left.set()
-        # A beat under way would overwrite the last word; but it hangs where the first process is stopped.
-        self._threads[0].join(10 * _BEAT_SECONDS)
+        # A beat under way would overwrite the last word. It hangs where the first process is stopped: wait no longer.
+        self._beating.join(10 * _BEAT_SECONDS)
         if kind is not None:
             # JAX would wait for the others at the end of the interpreter, and abort when they are gone.
             atexit.register(_end, 2 if issubclass(kind, (UserError, OSError)) else 1)
@@ -196,7 +193,7 @@ class Peers:
                     self._leave("process 0 has ended")
                 return
             self._reached = time.monotonic()
-            if verdicts:
+            if verdicts and not self._left.is_set():
                 self._leave(verdicts[0][1])
 
     def _guard(self) -> None:

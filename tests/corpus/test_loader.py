@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from tcc_jax.corpus.loader import BatchSource, make_loader
+from tcc_jax.config import Config, DataConfig, TrainingConfig
+from tcc_jax.corpus.loader import BatchSource, loader_of_run, make_loader
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL, START
 from tcc_jax.terminal import UserError
@@ -212,10 +213,13 @@ def test_sets_are_seen_in_proportion_to_the_weight_of_their_library():
 
 
 def test_a_set_is_weighted_by_the_sizes_of_its_library_and_of_its_cluster():
-    corpus = numbered_corpus({"large": [10] * 8, "small": [10] * 2, "single": [10]})
+    corpus = numbered_corpus({"large": [10] * 8, "small": [10] * 2, "single": [10], "other": [10] * 3})
     # The first four sets of the large library are near-duplicates, and one of the small library is another.
-    clusters = np.array([0, 0, 0, 0, 1, 2, 3, 4, 0, 5, 6])
-    corpus = dataclasses.replace(corpus, clusters=clusters)
+    clusters = np.array([0, 0, 0, 0, 1, 2, 3, 4, 0, 5, 6, 0, 7, 8])
+    # What is not trained on does not count.
+    held_out = {"splits": np.array([0] * 11 + [1] * 3, np.uint8), "libraries": [*corpus.libraries[:11], *["large"] * 3]}
+    corpus = dataclasses.replace(corpus, clusters=clusters, **held_out)
+    clusters = clusters[:11]
     shares = np.array([1 / 8] * 8 + [1 / 2] * 2 + [1.0])
     cases = [
         ({"library_balance": 1.0}, shares),
@@ -225,13 +229,18 @@ def test_a_set_is_weighted_by_the_sizes_of_its_library_and_of_its_cluster():
     ]
     for settings, weights in cases:
         source, sets_of = weighted_source(corpus, {"single": 0.5}, **settings)
-        weights = weights * np.where(np.array(corpus.libraries) == "single", 0.5, 1)
+        weights = weights * np.where(np.arange(11) == 10, 0.5, 1)
         epochs = 400
         seen = sum(np.bincount(sets_of(source[epoch]), minlength=len(weights)) for epoch in range(epochs)) / epochs
         # Hoeffding, as above: 11 sets in 4 cases.
         t = np.sqrt(np.log(2 * 44 / 1e-6) / (2 * epochs))
         np.testing.assert_allclose(seen, weights / weights.mean(), atol=t)
     assert t < 0.16
+    data = DataConfig(library_weights={"single": 0.5}, cluster_balance=0.5, library_balance=1.0)
+    training = TrainingConfig(row_length=32, batch_rows=1, segments_per_row=4)
+    config = Config(data=data, training=training)
+    np.testing.assert_allclose(loader_of_run(config, corpus, "train").source._weights, weights)
+    np.testing.assert_array_equal(loader_of_run(config, corpus, "validation").source._weights, 1)
 
 
 def test_weights_leave_the_rows_of_an_epoch():

@@ -25,11 +25,12 @@ class Nursery:
     """
 
     def __init__(self, **environment: str) -> None:
-        variables = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment
+        variables = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        # Compiled as for a user, and not as quickly as in the other tests (tests/conftest.py).
+        variables["XLA_FLAGS"] = os.environ.get("TCC_TEST_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+        variables |= environment
         # Without this, programs that compile in a blink are not kept, and every start compiles them again.
         variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        # Compiled as for a user, and not as quickly as in the other tests (tests/conftest.py).
-        variables.pop("XLA_FLAGS", None)
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.nursery"],
             cwd=ROOT,

@@ -217,7 +217,8 @@ def test_a_silent_process_is_named_to_the_others(watch_of):
     assert first_said == ["process 1 has given no sign for 0 s"]
 
 
-def test_a_beat_under_way_does_not_overwrite_the_last_word(watch_of):
+def test_a_beat_under_way_does_not_overwrite_the_last_word(watch_of, monkeypatch):
+    monkeypatch.setattr(hosts, "_BEAT_SECONDS", 0.5)
     peers, _ = watch_of(1, 60.0)
     service, beating = peers._client, threading.Event()
     write = service.key_value_set
@@ -225,13 +226,14 @@ def test_a_beat_under_way_does_not_overwrite_the_last_word(watch_of):
     def write_late(key, value, allow_overwrite=False):
         if value.isdigit():
             beating.set()
-            time.sleep(0.1)
+            peers._left.wait(10)
+            time.sleep(0.05)
         write(key, value, allow_overwrite)
 
     service.key_value_set = write_late
     with peers:
         assert beating.wait(10)
-    time.sleep(0.3)
+    peers._beating.join(10)
     assert service.values["tcc_jax/alive/1"] == hosts._DONE
 
 

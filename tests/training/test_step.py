@@ -124,7 +124,7 @@ def test_the_average_follows_the_parameters():
         decay = min(0.5, num_steps / (9 + num_steps))
         average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.evaluated), average)
-    plain = create_state(small_config(), SIZE, None, mesh)
+    plain, _ = take_steps(small_config(), 1)
     assert plain.average == {}
     assert plain.evaluated is plain.params
 
