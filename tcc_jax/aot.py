@@ -17,7 +17,7 @@ import tyro
 
 from tcc_jax.config import Config, read_toml, validate
 from tcc_jax.storage import as_path
-from tcc_jax.terminal import UserError, log, parse_arguments, run_command, table
+from tcc_jax.terminal import UserError, command, log, parse_arguments, table
 
 if TYPE_CHECKING:
     from tcc_jax.training.ahead import Compiled, Target
@@ -40,12 +40,9 @@ class Options:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_compile)
-
-
-def _compile() -> None:
     options = _parse(sys.argv[1:])
     # The compilers need no device: they must neither wait for one, nor for its lock, nor ask Google what it is.
     os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}

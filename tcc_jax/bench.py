@@ -13,7 +13,7 @@ import tyro
 from tcc_jax.benchmarking.synthetic import SMALLEST_VOCABULARY, synthetic_corpus
 from tcc_jax.config import Config, from_dict, read_toml, validate
 from tcc_jax.corpus.store import open_corpus
-from tcc_jax.terminal import UserError, parse_arguments, run_command
+from tcc_jax.terminal import UserError, command, parse_arguments
 
 _PROGRAM = "python -m tcc_jax.bench"
 # A CPU runs a small model; the defaults of the configuration are the 120M model.
@@ -53,12 +53,9 @@ class Options:
     """Sets that `sample` completes at once, beside one set alone; 1,000, or on a CPU 100."""
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_bench)
-
-
-def _bench() -> None:
     own, overrides = _separate(sys.argv[1:])
     options = parse_arguments(Options, own, prog=_PROGRAM)
     _check(options)

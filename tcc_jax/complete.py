@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import get_args
 
 from tcc_jax.completion.options import CompleteOptions, Format
-from tcc_jax.terminal import parse_arguments, run_command
+from tcc_jax.terminal import command, parse_arguments
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_main)
-
-
-def _main() -> None:
     options = parse_arguments(CompleteOptions, prog="python -m tcc_jax.complete")
     options.check()
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.

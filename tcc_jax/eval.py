@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from tcc_jax.completion.options import EvaluateOptions
 from tcc_jax.files import atomic_folder
-from tcc_jax.terminal import log, parse_arguments, run_command
+from tcc_jax.terminal import command, log, parse_arguments
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_main)
-
-
-def _main() -> None:
     options = parse_arguments(EvaluateOptions, prog="python -m tcc_jax.eval")
     options.check()
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tcc_jax.terminal import parse_arguments, run_command
+from tcc_jax.terminal import command, parse_arguments
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,9 @@ class Options:
     """Take the place of a folder that is there."""
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_export)
-
-
-def _export() -> None:
     options = parse_arguments(
         Options, prog="python -m tcc_jax.export", description="Export a checkpoint as safetensors, JSON and a table."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from tcc_jax.corpus.build import BuildOptions, build_corpus
 from tcc_jax.corpus.store import Corpus, write_corpus
 from tcc_jax.files import atomic_folder
-from tcc_jax.terminal import parse_arguments, run_command, table
+from tcc_jax.terminal import command, parse_arguments, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,9 @@ class Arguments(BuildOptions):
     """Replace the output folder if it exists."""
 
 
-def _main() -> None:
+@command
+def main() -> None:
+    """Run the command."""
     arguments = parse_arguments(Arguments, prog="python -m tcc_jax.prepare")
     with atomic_folder(arguments.out, replace=arguments.overwrite) as folder:
         corpus = build_corpus(arguments.gmt, arguments)
@@ -40,11 +42,6 @@ def _summary(corpus: Corpus) -> str:
         rows.append([f"{name} ({leaks['sets']:,} sets)", *leaks["with_training_set_at_jaccard"].values()])
     parts.append(table(["leaks: nearest training set at Jaccard", ">= 0.3", ">= 0.5", ">= 0.9"], rows))
     return "\n\n".join(parts)
-
-
-def main() -> None:
-    """Entry point of `python -m tcc_jax.prepare`."""
-    run_command(_main)
 
 
 if __name__ == "__main__":

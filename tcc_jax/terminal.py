@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -50,6 +51,11 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate the `main` of a command: it runs as `run_command` says."""
+    return functools.wraps(main)(lambda: run_command(main))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tcc_jax.config import parse_command_line
-from tcc_jax.terminal import run_command
+from tcc_jax.files import cache_folder
+from tcc_jax.terminal import command
 from tcc_jax.training.preemption import Stop
 
 if TYPE_CHECKING:
@@ -24,12 +25,9 @@ if TYPE_CHECKING:
     from tcc_jax.training.validation import Poll, Recall
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_train)
-
-
-def _train() -> None:
     stop = Stop()
     # From here on, before the seconds that tyro and jax take to import, and to the end of the process.
     stop.hear_signals()
@@ -49,8 +47,7 @@ def _train() -> None:
 
 
 def _keep_compilations() -> None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "tcc_jax" / "compilations"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compilations"))
 
 
 def _make_recall(config: Config, corpus: Corpus) -> Recall:
@@ -60,11 +57,10 @@ def _make_recall(config: Config, corpus: Corpus) -> Recall:
     from tcc_jax.completion.model import Model
     from tcc_jax.completion.protocol import genes_of, mask_sets
     from tcc_jax.completion.ranker import rank
-    from tcc_jax.completion.sets import KnownSet
+    from tcc_jax.completion.sets import sets_from_corpus
     from tcc_jax.training.checkpoint import LoadedCheckpoint
 
-    indices = corpus.indices("validation")[: config.training.recall_sets]
-    sets = [KnownSet(corpus.names[i], corpus.libraries[i], corpus.genes(i).astype(np.int32)) for i in indices]
+    sets = sets_from_corpus(corpus, "validation")[: config.training.recall_sets]
     masked, _ = mask_sets(sets, genes_of(corpus.vocabulary.size), seed=config.run.seed)
 
     def recall(params: dict, step: int, poll: Poll) -> float:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.pack_corpus import MAGIC, pack, unpack
-from tcc_jax.corpus.loader import make_loader
+from tcc_jax.config import from_dict
+from tcc_jax.corpus.loader import loader_of_run
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
 from tests.training.corpora import write_small_corpus
@@ -31,8 +32,8 @@ def test_the_same_sets_come_back(packed, tmp_path):
     assert again.vocabulary.hash == corpus.vocabulary.hash
     for index in range(corpus.num_sets):
         np.testing.assert_array_equal(again.genes(index), np.sort(corpus.genes(index)))
-    settings = {"row_length": 32, "batch_rows": 4, "segments_per_row": 4, "seed": 0}
-    batch, expected = (next(iter(make_loader(one, "train", **settings))) for one in (again, corpus))
+    config = from_dict({"training": {"row_length": 32, "batch_rows": 4, "segments_per_row": 4}})
+    batch, expected = (next(iter(loader_of_run(config, one, "train"))) for one in (again, corpus))
     np.testing.assert_array_equal(batch["segments"], expected["segments"])
 
 

@@ -14,8 +14,8 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt
-from tcc_jax.corpus.similarity import Sets, join_sets, nearest
-from tcc_jax.corpus.store import SPLITS, Corpus, Split
+from tcc_jax.corpus.similarity import join_sets, nearest, training_sets
+from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.symbols import Resolution, SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import UserError, log
@@ -179,12 +179,6 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
             what = {"not_mapped": "not mapped", "not_in_vocabulary": "not in the vocabulary"}[name]
             lines.append(f"{what}: {len(counts):,} symbols, {counts.total():,} mentions (most often {few})")
     return summary, lines
-
-
-def training_sets(corpus: Corpus) -> Sets:
-    """Return the training sets of a corpus as int32 ids, in memory: 4 bytes a mention."""
-    train = Sets(corpus.tokens, corpus.offsets).select(corpus.splits == SPLITS.index("train"))
-    return Sets(train.tokens.astype(np.int32), train.offsets)
 
 
 def best_training_jaccard(

@@ -334,18 +334,12 @@ def _drop_leaks(
     dropping = options.split != "tail" or options.drop_near_duplicates
     if dropping:
         for held, others in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
-            targets = np.flatnonzero(np.isin(splits, others) & kept)
+            targets = np.isin(splits, others) & kept
             queries = sets.select((splits == held) & kept)
             with progress(f"comparing the {SPLITS[held]} sets", total=len(queries)) as advance:
-                found = nearest(queries, _take(sets, targets), num_genes, options.split_jaccard, advance)
-            kept[targets[found.target_over]] = False
+                found = nearest(queries, sets.select(targets), num_genes, options.split_jaccard, advance)
+            kept[np.flatnonzero(targets)[found.target_over]] = False
     return kept, _leaks(sets.select(splits == TEST), sets.select((splits == TRAIN) & kept), num_genes)
-
-
-def _take(sets: Sets, indices: np.ndarray) -> Sets:
-    mask = np.zeros(len(sets), bool)
-    mask[indices] = True
-    return sets.select(mask)
 
 
 def _leaks(queries: Sets, training: Sets, num_genes: int) -> dict[str, Any]:

@@ -41,6 +41,34 @@ MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Options:
+    """Download Enrichr libraries by name, and HGNC's complete set; a second run fetches only what is missing."""
+
+    out: str | None = None
+    """Folder to write: NAME.gmt, hgnc_complete_set.tsv, and downloads.json with the SHA-256 of each."""
+    library: tuple[str, ...] = ()
+    """Libraries to download; all current ones of the manifest if none is named."""
+    any_library: bool = False
+    """Also accept names that are not in the manifest."""
+    hgnc: bool = True
+    """Also download HGNC's complete set."""
+    update: bool = False
+    """Fetch everything again and accept what changed since its first download."""
+    list: bool = False
+    """Print the manifest of libraries and stop."""
+    enrichr_url: str = ENRICHR_URL
+    """Base address of Enrichr: https, or http on a loopback address."""
+    hgnc_url: str = HGNC_URL
+    """Address of HGNC's complete set: https, or http on a loopback address."""
+    attempts: int = 5
+    """Tries for each file."""
+    backoff_seconds: float = 1.0
+    """Wait before the second try; it doubles with each further one."""
+    timeout_seconds: float = 60.0
+    """Longest silence of the server."""
+
+
+@dataclass(frozen=True)
 class Library:
     """A row of the manifest: a library's name, its status (`current` or `outdated`) and a note."""
 
@@ -97,54 +125,34 @@ def choose_libraries(names: Sequence[str] = (), *, any_library: bool = False) ->
 
 
 def download(
-    out: str | Path,
-    libraries: Sequence[str],
-    *,
-    hgnc: bool = True,
-    update: bool = False,
-    enrichr_url: str = ENRICHR_URL,
-    hgnc_url: str = HGNC_URL,
-    attempts: int = 5,
-    backoff_seconds: float = 1.0,
-    timeout_seconds: float = 60.0,
-    sleep: Callable[[float], None] = time.sleep,
+    out: str | Path, libraries: Sequence[str], options: Options, sleep: Callable[[float], None] = time.sleep
 ) -> list[Download]:
     """Download libraries as `NAME.gmt`, and HGNC's complete set as `hgnc_complete_set.tsv`, byte for byte.
 
     Files already there are verified against `downloads.json` and not fetched again. Files are fetched one at a time,
-    each moved into place when whole; one that fails does not stop the others.
-
-    Args:
-        out: the folder, made if missing.
-        libraries: names of Enrichr libraries.
-        hgnc: also fetch the HGNC table.
-        update: fetch every file again and accept what changed.
-        enrichr_url: base of Enrichr's text API; https, or http on a loopback address.
-        hgnc_url: address of the HGNC table; the same rule.
-        attempts: tries for each file.
-        backoff_seconds: wait before the second try; doubles with each further one, plus up to half as jitter.
-        timeout_seconds: longest silence of the server.
-        sleep: waits for a number of seconds.
+    each moved into place when whole; one that fails does not stop the others. Waits grow by up to half as jitter.
 
     Raises:
         UserError: a name or address that is refused, a record that cannot be read, or files that failed, by reason.
     """
     out = Path(out)
     sources = {
-        _file_of(name): f"{enrichr_url.rstrip('/')}/geneSetLibrary?mode=text&libraryName={quote(name)}"
+        _file_of(name): f"{options.enrichr_url.rstrip('/')}/geneSetLibrary?mode=text&libraryName={quote(name)}"
         for name in libraries
     }
-    if hgnc:
-        sources[HGNC_FILE] = hgnc_url
-    for url in (enrichr_url, hgnc_url):
+    if options.hgnc:
+        sources[HGNC_FILE] = options.hgnc_url
+    for url in (options.enrichr_url, options.hgnc_url):
         _refuse_plain_http(url)
-    if attempts < 1:
-        raise UserError(f"--attempts {attempts}: must be at least 1")
-    if not 0 <= backoff_seconds < math.inf:
-        raise UserError(f"--backoff-seconds {backoff_seconds}: must be 0 or more")
-    if not 0 < timeout_seconds < math.inf:
-        raise UserError(f"--timeout-seconds {timeout_seconds}: must be more than 0")
-    folder = _Folder(out, update, _Client(attempts, backoff_seconds, timeout_seconds, sleep))
+    if options.attempts < 1:
+        raise UserError(f"--attempts {options.attempts}: must be at least 1")
+    if not 0 <= options.backoff_seconds < math.inf:
+        raise UserError(f"--backoff-seconds {options.backoff_seconds}: must be 0 or more")
+    if not 0 < options.timeout_seconds < math.inf:
+        raise UserError(f"--timeout-seconds {options.timeout_seconds}: must be more than 0")
+    folder = _Folder(
+        out, options.update, _Client(options.attempts, options.backoff_seconds, options.timeout_seconds, sleep)
+    )
     new_folders = [place for place in (out, *out.parents) if not place.exists()]
     done: list[Download] = []
     failed: dict[str, list[str]] = {}

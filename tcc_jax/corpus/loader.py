@@ -6,13 +6,12 @@ Grain reads ahead in threads; the state of the loader is the step number.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from tcc_jax.config import Config
+from tcc_jax.config import Config, DataConfig
 from tcc_jax.corpus.packing import Plan, plan_rows, prompt_lengths, segment_lengths
 from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.vocabulary import END, START
@@ -41,50 +40,33 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         targets: [B, M, R] ids of R = `target_genes` of those left out, or of all, then 0.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        split: Split,
-        *,
-        row_length: int,
-        batch_rows: int,
-        segments_per_row: int,
-        seed: int,
-        gene_order: Literal["shuffled", "file"] = "shuffled",
-        library_weights: Mapping[str, float] | None = None,
-        library_balance: float = 0.0,
-        cluster_balance: float = 0.0,
-        prompt_genes: int = 0,
-        prompt_share: float = 1.0,
-        target_genes: int = 0,
-        num_hosts: int = 1,
-        host: int = 0,
-    ) -> None:
-        """Plan the epoch. `batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
+    def __init__(self, config: Config, corpus: Corpus, split: Split, num_hosts: int = 1, host: int = 0) -> None:
+        """Plan the epoch. `training.batch_rows` is over all hosts; this one gives rows host * B / num_hosts and on.
 
-        A set's weight is that of its library, 1 unless named, times the number of sets of its library in the split to
-        the power -`library_balance`, times the number in its near-duplicate cluster to the power -`cluster_balance`.
-        `prompt_genes` and `prompt_share` are those of `packing.prompt_lengths`; 0 and `target_genes` 0 give whole sets.
+        A training set's weight is that of its library, 1 unless named, times the number of sets of its library in the
+        split to the power -`library_balance`, times the number in its near-duplicate cluster to the power
+        -`cluster_balance`. Sets of other splits weigh the same.
 
         Raises:
             UserError: the split is empty, the rows cannot be divided among the hosts, a library with a weight is not in
                 the corpus (the nearest ones are named), or no set has a weight over 0.
         """
-        if batch_rows % num_hosts:
-            raise UserError(
-                f"training.batch_rows = {batch_rows}: must be a multiple of the number of hosts, {num_hosts}"
-            )
+        training, objective = config.training, config.objective
+        rows, row_length = training.batch_rows, training.row_length
+        if rows % num_hosts:
+            raise UserError(f"training.batch_rows = {rows}: must be a multiple of the number of hosts, {num_hosts}")
         self._corpus = corpus
         self._sets = corpus.indices(split)
         if not len(self._sets):
             raise UserError(f"{corpus.path}: no {split} sets in this corpus; prepare it with a larger share")
-        self._prompt_genes, self._prompt_share, self._target_genes = prompt_genes, prompt_share, target_genes
+        self._prompt_genes, self._prompt_share = objective.prompt_genes, objective.cut_high
+        self._target_genes = objective.target_genes if objective.prompt_genes else 0
         self._lengths = np.minimum(self._whole_lengths(corpus.lengths[self._sets]), row_length)
-        self._weights = _set_weights(corpus, split, library_weights or {}, library_balance, cluster_balance)
-        self.plan: Plan = plan_rows(self._lengths, row_length, segments_per_row)
-        self._batch_rows, self._segments_per_row = batch_rows, segments_per_row
-        self._host_rows = slice(host * batch_rows // num_hosts, (host + 1) * batch_rows // num_hosts)
-        self._seed, self._gene_order = seed, gene_order
+        self._weights = _set_weights(corpus, split, config.data if split == "train" else DataConfig())
+        self.plan: Plan = plan_rows(self._lengths, row_length, training.segments_per_row)
+        self._batch_rows, self._segments_per_row = rows, training.segments_per_row
+        self._host_rows = slice(host * rows // num_hosts, (host + 1) * rows // num_hosts)
+        self._seed, self._gene_order = config.run.seed, config.data.gene_order
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._slots_by_length = np.argsort(self.plan.slot_lengths, kind="stable")
 
@@ -222,7 +204,7 @@ class Loader:
     """Iterates over the batches of a `BatchSource` from a step on, read ahead by Grain's threads."""
 
     def __init__(self, source: BatchSource, start_step: int) -> None:
-        """See `make_loader`."""
+        """See `loader_of_run`."""
         self.source = source
         self._start_step = start_step
 
@@ -237,50 +219,20 @@ class Loader:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def make_loader(corpus: Corpus, split: Split, *, start_step: int = 0, **settings: Any) -> Loader:
-    """Return the batches of a split from `start_step` on; `settings` are those of `BatchSource`.
-
-    Raises:
-        UserError: as `BatchSource`.
-    """
-    return Loader(BatchSource(corpus, split, **settings), start_step)
-
-
 def loader_of_run(
     config: Config, corpus: Corpus, split: Split, *, start_step: int = 0, num_hosts: int = 1, host: int = 0
 ) -> Loader:
-    """Return the batches that a configuration asks for. Weights of sets hold for training alone.
+    """Return the batches that a configuration asks for, from `start_step` on.
 
     Raises:
         UserError: as `BatchSource`.
     """
-    training, objective = config.training, config.objective
-    settings: dict[str, Any] = {
-        "row_length": training.row_length,
-        "batch_rows": training.batch_rows,
-        "segments_per_row": training.segments_per_row,
-        "seed": config.run.seed,
-        "gene_order": config.data.gene_order,
-    }
-    if split == "train":
-        settings |= {
-            name: getattr(config.data, name) for name in ("library_weights", "library_balance", "cluster_balance")
-        }
-    if objective.prompt_genes:
-        settings |= {"prompt_genes": objective.prompt_genes, "prompt_share": objective.cut_high}
-        settings["target_genes"] = objective.target_genes
-    return make_loader(corpus, split, start_step=start_step, num_hosts=num_hosts, host=host, **settings)
+    return Loader(BatchSource(config, corpus, split, num_hosts, host), start_step)
 
 
-def _set_weights(
-    corpus: Corpus,
-    split: Split,
-    library_weights: Mapping[str, float],
-    library_balance: float,
-    cluster_balance: float,
-) -> np.ndarray:
+def _set_weights(corpus: Corpus, split: Split, data: DataConfig) -> np.ndarray:
     known = sorted(set(corpus.libraries))
-    for name in library_weights:
+    for name in data.library_weights:
         if name not in known:
             nearest = ", ".join(difflib.get_close_matches(name, known, cutoff=0.0))
             raise UserError(
@@ -288,8 +240,8 @@ def _set_weights(
             )
     sets = corpus.indices(split)
     libraries = [corpus.libraries[index] for index in sets]
-    weights = np.array([library_weights.get(library, 1.0) for library in libraries])
-    for groups, exponent in ((libraries, library_balance), (corpus.clusters[sets], cluster_balance)):
+    weights = np.array([data.library_weights.get(library, 1.0) for library in libraries])
+    for groups, exponent in ((libraries, data.library_balance), (corpus.clusters[sets], data.cluster_balance)):
         if exponent:
             _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
             weights *= sizes[group] ** -exponent

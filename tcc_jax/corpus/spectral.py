@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse
 import scipy.sparse.linalg
 
+from tcc_jax.corpus.similarity import training_sets
 from tcc_jax.corpus.store import Corpus
 
 
@@ -24,17 +24,12 @@ def spectral_vectors(corpus: Corpus, width: int) -> np.ndarray:
         [V, D] float32; zeros for special ids and for genes that no training set holds. The same on every call on one
         machine.
     """
-    indices = corpus.indices("train")
-    lengths = corpus.lengths[indices]
-    tokens = np.concatenate([corpus.genes(index) for index in indices]).astype(np.int32)
-    counts_V = np.bincount(tokens, minlength=corpus.vocabulary.size)
-    weights = 1 / np.sqrt(np.repeat(lengths, lengths) * counts_V[tokens])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    graph = scipy.sparse.csr_array(
-        (weights.astype(np.float32), tokens, offsets), shape=(len(indices), corpus.vocabulary.size)
-    )
+    train, size = training_sets(corpus), corpus.vocabulary.size
+    counts_V = np.bincount(train.tokens, minlength=size)
+    weights = 1 / np.sqrt(np.repeat(train.lengths, train.lengths) * counts_V[train.tokens])
+    graph = train.matrix(size, weights.astype(np.float32))
     count = min(width, min(graph.shape) - 1)
-    vectors_VD = np.zeros((corpus.vocabulary.size, width), np.float32)
+    vectors_VD = np.zeros((size, width), np.float32)
     if count > 0:
         start = np.ones(min(graph.shape), np.float32)
         vectors_VD[:, :count] = scipy.sparse.linalg.svds(graph, k=count, v0=start)[2].T

@@ -35,20 +35,8 @@ _MANY = re.compile(r"\s*[|,]\s*")
 _ENSEMBL = re.compile(r"^(ENSG\d{11})(\.\d+)?$")
 _DATE = re.compile(r"^(?:(\d{1,2})[-/ ]([A-Za-z]{3})|([A-Za-z]{3})[-/ ](\d{1,2}))$")
 # Symbols that a spreadsheet turns into a day of the month, by month.
-_MONTHS = {
-    "jan": ("JAN",),
-    "feb": ("FEB",),
-    "mar": ("MARCH", "MARC", "MAR"),
-    "apr": ("APR",),
-    "may": ("MAY",),
-    "jun": ("JUN",),
-    "jul": ("JUL",),
-    "aug": ("AUG",),
-    "sep": ("SEPT", "SEP"),
-    "oct": ("OCT",),
-    "nov": ("NOV",),
-    "dec": ("DEC",),
-}
+_MONTHS: dict[str, tuple[str, ...]] = {"mar": ("MARCH", "MARC", "MAR"), "sep": ("SEPT", "SEP")}
+_MONTHS |= {m.lower(): (m,) for m in ("JAN", "FEB", "APR", "MAY", "JUN", "JUL", "AUG", "OCT", "NOV", "DEC")}
 # Mouse and rat symbols start with a capital and go on in lower case: Trp53, H2-K1, 1700001A01Rik.
 _MOUSE = re.compile(r"^(?:[A-Z][A-Za-z0-9.-]*[a-z][A-Za-z0-9.-]*|[0-9A-Z]+Rik)$")
 

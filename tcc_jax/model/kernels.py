@@ -52,15 +52,29 @@ def choose_backend(
     Raises:
         UserError: the requested backend does not exist or cannot run this; nothing else is taken in its place.
     """
-    refusal = functools.partial(
-        _refusal,
-        platform=platform,
-        compute_capability=compute_capability,
-        row_length=row_length,
-        head_size=head_size,
-        dtype=dtype,
-        device_kind=device_kind,
-    )
+
+    def refusal(backend: str) -> str | None:
+        if backend == "xla":
+            return None
+        if backend not in KERNELS_OF.get(platform, ()):
+            return f"needs {'a TPU' if backend == 'splash' else 'an NVIDIA GPU'}, and this is {platform}"
+        if dtype != "bfloat16":
+            return f"takes bfloat16 (it has no {dtype} products that keep all bits)"
+        if backend == "splash" and device_kind in ("TPU v2", "TPU v3"):
+            return f"needs a TPU v4 or newer, not a {device_kind}"
+        if backend == "splash":
+            return None if row_length % 128 == 0 else f"needs a row length that is a multiple of 128, not {row_length}"
+        oldest = 9.0 if backend == "cudnn" else 8.0
+        if compute_capability is None or compute_capability < oldest:
+            return f"needs compute capability {oldest} or newer, not {compute_capability}"
+        if backend == "cudnn" and (head_size % 8 or head_size > 256):
+            return f"needs a head size that is a multiple of 8, up to 256, not {head_size}"
+        if backend == "pallas" and not 16 <= head_size <= 128:
+            return f"needs a head size from 16 to 128, not {head_size}"
+        if backend == "pallas" and row_length % 16:
+            return f"needs a row length that is a multiple of 16, not {row_length}"
+        return None
+
     if requested == "auto":
         return next((backend for backend in KERNELS_OF.get(platform, ()) if refusal(backend) is None), "xla")
     if requested not in BACKENDS:
@@ -68,38 +82,6 @@ def choose_backend(
     if reason := refusal(requested):
         raise UserError(f"attention backend {requested!r} {reason}; use auto or xla")
     return requested
-
-
-def _refusal(
-    backend: str,
-    *,
-    platform: str,
-    compute_capability: float | None,
-    row_length: int,
-    head_size: int,
-    dtype: str,
-    device_kind: str,
-) -> str | None:
-    if backend == "xla":
-        return None
-    if backend not in KERNELS_OF.get(platform, ()):
-        return f"needs {'a TPU' if backend == 'splash' else 'an NVIDIA GPU'}, and this is {platform}"
-    if dtype != "bfloat16":
-        return f"takes bfloat16 (it has no {dtype} products that keep all bits)"
-    if backend == "splash" and device_kind in ("TPU v2", "TPU v3"):
-        return f"needs a TPU v4 or newer, not a {device_kind}"
-    if backend == "splash":
-        return None if row_length % 128 == 0 else f"needs a row length that is a multiple of 128, not {row_length}"
-    oldest = 9.0 if backend == "cudnn" else 8.0
-    if compute_capability is None or compute_capability < oldest:
-        return f"needs compute capability {oldest} or newer, not {compute_capability}"
-    if backend == "cudnn" and (head_size % 8 or head_size > 256):
-        return f"needs a head size that is a multiple of 8, up to 256, not {head_size}"
-    if backend == "pallas" and not 16 <= head_size <= 128:
-        return f"needs a head size from 16 to 128, not {head_size}"
-    if backend == "pallas" and row_length % 16:
-        return f"needs a row length that is a multiple of 16, not {row_length}"
-    return None
 
 
 def make_attend(backend: str, *, segments_per_row: int, interpret: bool = False) -> Attend:

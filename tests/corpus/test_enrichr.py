@@ -118,9 +118,10 @@ def server() -> Iterator[FaultyServer]:
 @pytest.fixture
 def get(server: FaultyServer, tmp_path: Path) -> Callable[..., list[enrichr.Download]]:
     def get(*libraries: str, **options: Any) -> list[enrichr.Download]:
-        settings = {"hgnc": False, "attempts": 3, "timeout_seconds": 5.0, "sleep": lambda seconds: None, **options}
+        sleep = options.pop("sleep", lambda seconds: None)
         urls = {"enrichr_url": f"{server.url}/Enrichr/", "hgnc_url": f"{server.url}/hgnc"}
-        return enrichr.download(tmp_path / "new" / "out", libraries, **{**urls, **settings})
+        settings = enrichr.Options(**{"hgnc": False, "attempts": 3, "timeout_seconds": 5.0, **urls, **options})
+        return enrichr.download(tmp_path / "new" / "out", libraries, settings, sleep)
 
     return get
 
@@ -276,7 +277,9 @@ def test_a_host_that_cannot_be_reached_is_not_waited_for_twice(tmp_path):
         url = closed.url
     waits: list[float] = []
     with pytest.raises(UserError, match=r"3 of 3 files failed: A: .* cannot be reached"):
-        enrichr.download(tmp_path / "out", ["A", "B", "C"], hgnc=False, enrichr_url=url, attempts=3, sleep=waits.append)
+        enrichr.download(
+            tmp_path / "out", ["A", "B", "C"], enrichr.Options(hgnc=False, enrichr_url=url, attempts=3), waits.append
+        )
     assert len(waits) == 2
     assert names(tmp_path) == []
 

@@ -9,14 +9,32 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from tcc_jax.config import Config, DataConfig, TrainingConfig
-from tcc_jax.corpus.loader import BatchSource, loader_of_run, make_loader
+from tcc_jax.config import Config, DataConfig, TrainingConfig, from_dict
+from tcc_jax.corpus.loader import BatchSource, Loader, loader_of_run
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL, START
 from tcc_jax.terminal import UserError
 from tests.corpus.corpora import make_corpus
 
 SETTINGS = dict(row_length=32, batch_rows=8, segments_per_row=3, seed=5)
+SECTIONS = {
+    "run": ("seed",),
+    "data": ("gene_order", "library_weights", "library_balance", "cluster_balance"),
+    "objective": ("prompt_genes", "cut_high", "target_genes"),
+    "training": ("row_length", "batch_rows", "segments_per_row"),
+}
+
+
+def source_of(corpus, split, num_hosts=1, host=0, **settings):
+    values = {
+        section: {name: settings.pop(name) for name in names if name in settings} for section, names in SECTIONS.items()
+    }
+    assert not settings
+    return BatchSource(from_dict(values, check=False), corpus, split, num_hosts, host)
+
+
+def make_loader(corpus, split, start_step=0, **settings):
+    return Loader(source_of(corpus, split, **settings), start_step)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +67,7 @@ def epoch_of_segments(source, epoch):
 
 
 def test_an_epoch_shows_every_training_set_once(corpus):
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1})
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1})
     for epoch in (0, 1):
         segments = epoch_of_segments(source, epoch)
         whole = {frozenset(s[1:-1].tolist()) for s in segments if s[-1] == END}
@@ -63,7 +81,7 @@ def test_an_epoch_shows_every_training_set_once(corpus):
 
 
 def test_epochs_differ_in_order_subsets_and_rows(corpus):
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1})
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1})
     first, second = (epoch_of_segments(source, epoch) for epoch in (0, 1))
     assert len(first) == len(second)
     assert {tuple(s) for s in first}.isdisjoint({tuple(s) for s in second if len(s) > 12})
@@ -73,7 +91,7 @@ def test_epochs_differ_in_order_subsets_and_rows(corpus):
 
 def test_orders_are_uniform(corpus):
     # The first gene of a set should be each of its genes equally often: chi-square over many epochs.
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1})
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1})
     target = frozenset(corpus.genes(corpus.indices("train")[0]).tolist())
     index = int(corpus.indices("train")[0])
     firsts = []
@@ -89,18 +107,18 @@ def test_orders_are_uniform(corpus):
 
 
 def test_a_batch_depends_on_seed_and_step_alone(corpus):
-    one, two = (BatchSource(corpus, "train", **SETTINGS) for _ in range(2))
+    one, two = (source_of(corpus, "train", **SETTINGS) for _ in range(2))
     for step in (0, 3, 40):
         for key, array in one[step].items():
             np.testing.assert_array_equal(array, two[step][key])
-    other = BatchSource(corpus, "train", **{**SETTINGS, "seed": 6})
+    other = source_of(corpus, "train", **{**SETTINGS, "seed": 6})
     assert (one[0]["tokens"] != other[0]["tokens"]).any()
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_hosts_share_one_global_batch(corpus, num_hosts):
-    whole = BatchSource(corpus, "train", **SETTINGS)
-    parts = [BatchSource(corpus, "train", **SETTINGS, num_hosts=num_hosts, host=host) for host in range(num_hosts)]
+    whole = source_of(corpus, "train", **SETTINGS)
+    parts = [source_of(corpus, "train", **SETTINGS, num_hosts=num_hosts, host=host) for host in range(num_hosts)]
     for step in (0, 17):
         for key, array in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), array)
@@ -115,7 +133,7 @@ def test_loader_continues_at_any_step(corpus):
 
 
 def test_file_order(corpus):
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1}, gene_order="file")
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1}, gene_order="file")
     sets = {tuple(corpus.genes(index).tolist()) for index in corpus.indices("train")}
     for segment in epoch_of_segments(source, 0):
         if segment[-1] == END:
@@ -123,7 +141,7 @@ def test_file_order(corpus):
 
 
 def test_long_sets_in_file_order_give_fresh_subsets(corpus):
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1}, gene_order="file")
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1}, gene_order="file")
     long = {tuple(corpus.genes(index).tolist()) for index in corpus.indices("train") if corpus.lengths[index] > 30}
     subsets = [{tuple(s[1:].tolist()) for s in epoch_of_segments(source, epoch) if s[-1] != END} for epoch in (0, 1)]
     assert subsets[0] != subsets[1]
@@ -134,7 +152,7 @@ def test_long_sets_in_file_order_give_fresh_subsets(corpus):
 
 def test_errors(corpus, tmp_path):
     with pytest.raises(UserError, match="multiple of the number of hosts"):
-        BatchSource(corpus, "train", **SETTINGS, num_hosts=3)
+        source_of(corpus, "train", **SETTINGS, num_hosts=3)
     empty = make_corpus(tmp_path / "none", validation_share=0.0)
     with pytest.raises(UserError, match="no validation sets"):
         make_loader(empty, "validation", **SETTINGS)
@@ -160,9 +178,9 @@ def numbered_corpus(sizes):
 
 def weighted_source(corpus, library_weights, **settings):
     """Return a source whose batches are whole epochs, and the sets of a batch's segments."""
-    rows = BatchSource(corpus, "train", **SETTINGS).plan.num_rows
+    rows = source_of(corpus, "train", **SETTINGS).plan.num_rows
     settings = {**SETTINGS, "batch_rows": rows, **settings}
-    source = BatchSource(corpus, "train", **settings, library_weights=library_weights)
+    source = source_of(corpus, "train", **settings, library_weights=library_weights)
 
     def sets_of(batch):
         firsts = np.array([segment[1] - NUM_SPECIAL for segment in segments_of(batch)])
@@ -184,7 +202,7 @@ def test_equal_weights_give_the_batches_of_none():
     # Recorded before there were weights.
     corpus = numbered_corpus({f"L{i}": [5 + i * i % 37] for i in range(200)})
     for weights in ({}, {f"L{i}": 0.1 for i in range(200)}):
-        source = BatchSource(corpus, "train", **SETTINGS, library_weights=weights)
+        source = source_of(corpus, "train", **SETTINGS, library_weights=weights)
         digest = hashlib.sha256()
         for step in (0, 1, 11, 40):
             for _, array in sorted(source[step].items()):
@@ -245,7 +263,7 @@ def test_a_set_is_weighted_by_the_sizes_of_its_library_and_of_its_cluster():
 
 def test_weights_leave_the_rows_of_an_epoch():
     corpus = numbered_corpus(MIXED)
-    plain = BatchSource(corpus, "train", **SETTINGS)
+    plain = source_of(corpus, "train", **SETTINGS)
     source, sets_of = weighted_source(corpus, WEIGHTS)
     assert source.plan.num_rows == plain.plan.num_rows
     np.testing.assert_array_equal(source.plan.slot_lengths, plain.plan.slot_lengths)
@@ -259,8 +277,8 @@ def test_weights_leave_the_rows_of_an_epoch():
 def test_weighted_batches_are_the_same_on_any_number_of_hosts(num_hosts):
     corpus = numbered_corpus(MIXED)
     settings = dict(**SETTINGS, library_weights=WEIGHTS)
-    whole = BatchSource(corpus, "train", **settings)
-    parts = [BatchSource(corpus, "train", **settings, num_hosts=num_hosts, host=host) for host in range(num_hosts)]
+    whole = source_of(corpus, "train", **settings)
+    parts = [source_of(corpus, "train", **settings, num_hosts=num_hosts, host=host) for host in range(num_hosts)]
     last = whole.plan.num_rows // 8  # reaches over the end of the first epoch
     for step in (0, last, 40):
         for key, array in whole[step].items():
@@ -312,7 +330,7 @@ def test_errors_of_library_weights():
         make_loader(corpus, "train", **SETTINGS, library_weights=dict.fromkeys(MIXED, 0.0))
 
 
-PROMPTS = dict(prompt_genes=9, prompt_share=0.5, target_genes=12)
+PROMPTS = dict(prompt_genes=9, cut_high=0.5, target_genes=12)
 
 
 def prompts_of(batch):
@@ -326,8 +344,8 @@ def prompts_of(batch):
 
 def test_a_prompt_and_the_targets_beyond_it_are_a_fresh_part_of_one_set():
     corpus = numbered_corpus({"made": [2 + i % 45 for i in range(90)]})
-    rows = BatchSource(corpus, "train", **SETTINGS, **PROMPTS).plan.num_rows
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": rows}, **PROMPTS)
+    rows = source_of(corpus, "train", **SETTINGS, **PROMPTS).plan.num_rows
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": rows}, **PROMPTS)
     seen = []
     for epoch in (0, 1):
         batch = source[epoch]
@@ -349,7 +367,7 @@ def test_a_prompt_and_the_targets_beyond_it_are_a_fresh_part_of_one_set():
 def test_targets_are_any_genes_of_the_set_alike():
     # Each of 30 genes is a target with probability 12 / 30: a chi-square over many epochs.
     corpus = numbered_corpus({"made": [30]})
-    source = BatchSource(corpus, "train", **{**SETTINGS, "batch_rows": 1}, **PROMPTS)
+    source = source_of(corpus, "train", **{**SETTINGS, "batch_rows": 1}, **PROMPTS)
     epochs = 3000
     targets = np.concatenate([source[epoch]["targets"][0, 0] for epoch in range(epochs)])
     counts = np.bincount(targets - NUM_SPECIAL, minlength=30)
@@ -361,8 +379,8 @@ def test_targets_are_any_genes_of_the_set_alike():
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_prompts_are_the_same_on_any_number_of_hosts(corpus, num_hosts):
-    one = BatchSource(corpus, "train", **SETTINGS, **PROMPTS)
-    hosts = [BatchSource(corpus, "train", **SETTINGS, **PROMPTS, num_hosts=num_hosts, host=h) for h in range(num_hosts)]
+    one = source_of(corpus, "train", **SETTINGS, **PROMPTS)
+    hosts = [source_of(corpus, "train", **SETTINGS, **PROMPTS, num_hosts=num_hosts, host=h) for h in range(num_hosts)]
     for step in (0, 7, 60):
         for name, array in one[step].items():
             np.testing.assert_array_equal(np.concatenate([host[step][name] for host in hosts]), array)
