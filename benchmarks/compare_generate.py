@@ -190,7 +190,7 @@ def serve() -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).train(False)
     answer = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({**answer, "torch_threads": str(torch.get_num_threads())}), flush=True)
 

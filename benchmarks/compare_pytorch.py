@@ -273,16 +273,7 @@ def serve() -> None:
     def make_step(mask: str, dtype: str, compiled: bool, parts: int) -> Any:
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(model_config).to(device).train()
-        matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=ADAMW["learning_rate"],
-            betas=(ADAMW["beta1"], ADAMW["beta2"]),
-            weight_decay=ADAMW["weight_decay"],
-            fused=True,
-        )
+        optimizer = make_adamw(model, ADAMW)
         length = tokens_SBT.shape[2]
         before_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
@@ -353,6 +344,21 @@ def serve() -> None:
             continue
         ready[job["form"]] = step
         answer({"first_step_seconds": first_window["seconds"], "initial_loss": first_window["loss"]})
+
+
+def make_adamw(model: Any, settings: dict[str, Any]) -> Any:
+    """Return PyTorch's fused AdamW; matrices decay, the rest does not."""
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        lr=settings["learning_rate"],
+        betas=(settings["beta1"], settings["beta2"]),
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
 
 
 def next_tokens(tokens: Any, segments: Any) -> Any:

@@ -13,6 +13,7 @@ and tested as there. Run from the repository's root.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.compare_pytorch import IGNORED, next_tokens
+from benchmarks.compare_pytorch import IGNORED, make_adamw, next_tokens
 
 _ROWS_AT_ONCE = 32
 # The id of <start>; the process with torch has no tcc_jax to ask.
@@ -108,11 +109,7 @@ def _speedrun() -> None:
                     "n_inner": config.model.hidden_width or None,
                 },
                 "dropout": config.model.dropout,
-                "optimizer": {
-                    "betas": (optimizer.beta1, optimizer.beta2),
-                    "weight_decay": optimizer.weight_decay,
-                    "gradient_clip": optimizer.gradient_clip,
-                },
+                "optimizer": dataclasses.asdict(optimizer),
                 "seed": config.run.seed,
             },
         )
@@ -170,12 +167,8 @@ def serve() -> None:
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), first["dropout"])
     model_config = transformers.GPT2Config(**first["model"], **dropout, use_cache=False, attn_implementation="sdpa")
     model = transformers.GPT2LMHeadModel(model_config).to(device)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     adamw = first["optimizer"]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    settings = {"betas": adamw["betas"], "weight_decay": adamw["weight_decay"]}
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True, **settings)
+    optimizer = make_adamw(model, adamw)
 
     def autocast() -> Any:
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")

@@ -42,7 +42,8 @@ class DataConfig:
     library_balance: float = 0.0
     """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
     cluster_balance: float = 0.0
-    """Exponent b: a set is seen (training sets of its near-duplicate cluster)^-b as often."""
+    """Exponent b: a set is seen (training sets of its near-duplicate cluster)^-b as often; `prepare --split tail` makes
+    no clusters."""
 
 
 @dataclass(frozen=True)

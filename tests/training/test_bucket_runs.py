@@ -19,16 +19,10 @@ from tcc_jax.training.loop import train
 from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.state import abstract_state
 from tests.fake_gcs import empty_bucket
-from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config, small_mesh
 
 RUN = "gs://bucket/runs/one"
 KEEP = {"every_steps": 2, "keep": 2}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_small_corpus(tmp_path_factory.mktemp("corpora") / "small")
 
 
 @pytest.fixture(scope="module")
