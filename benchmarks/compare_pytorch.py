@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # The same for both, from run.sh: large pages, and freed memory is kept.
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000"
 WARM_UP = 3
-# On a CPU both sides are also timed with the gradient summed over so many parts of a batch, which fit its caches.
-PARTS = 4
 IGNORED = -100
 # Both sides; a constant learning rate, since the schedule takes no time.
 ADAMW = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.1, "gradient_clip": 1.0}
@@ -59,6 +57,8 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"], help="attention backends of tcc_jax to time")
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps in a window: 20, on a CPU 3")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="both on a CPU, else bfloat16")
+    parser.add_argument("--parts", type=int, nargs="+", default=[4], help="on a CPU also in so many parts")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -107,11 +107,17 @@ def compare(options: argparse.Namespace) -> None:
             }
         )
 
-    dtypes = ["float32", "bfloat16"] if on_cpu else ["bfloat16"]
+    dtypes = options.dtypes or (["float32", "bfloat16"] if on_cpu else ["bfloat16"])
+    # On a CPU both sides are also timed with the gradient summed over parts of a batch, which fit its caches.
+    all_parts = options.parts if on_cpu else []
     ours = [("next-gene", dtype, attention, 1) for attention in options.attention for dtype in dtypes]
     ours += [("remaining-set", dtypes[0], attention, 1) for attention in options.attention]
-    if on_cpu:
-        ours += [(objective, dtype, "auto", PARTS) for objective in ("next-gene", "remaining-set") for dtype in dtypes]
+    ours += [
+        (objective, dtype, "auto", parts)
+        for objective in ("next-gene", "remaining-set")
+        for dtype in dtypes
+        for parts in all_parts
+    ]
     config = config_of(*ours[0])
     corpus = synthetic_corpus(size, 20_000)
     batches = train_batches(config, corpus, WARM_UP + options.windows * steps)
@@ -122,7 +128,13 @@ def compare(options: argparse.Namespace) -> None:
         [options.torch_python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with folder, server:
-        first = {"model": shape["model"], "vocabulary": padded_vocabulary_size(size), "batches": str(file)}
+        first = {
+            "model": shape["model"],
+            "vocabulary": padded_vocabulary_size(size),
+            "batches": str(file),
+            "dtypes": dtypes,
+            "parts": all_parts,
+        }
         theirs = ask(server, first)
         forms: list[dict[str, Any]] = []
         for objective, dtype, attention, parts in ours:
@@ -264,11 +276,10 @@ def serve() -> None:
         use_cache=False,
         attn_implementation="sdpa",
     )
-    dtypes = ["float32", "bfloat16"] if device == "cpu" else ["bfloat16"]
+    dtypes = first["dtypes"]
     kinds = [(mask, dtype, True, 1) for mask in ("causal", "segments") for dtype in dtypes]
     kinds += [("causal", dtype, False, 1) for dtype in dtypes]
-    if device == "cpu":
-        kinds += [("causal", dtype, True, PARTS) for dtype in dtypes]
+    kinds += [("causal", dtype, True, parts) for dtype in dtypes for parts in first["parts"]]
 
     def make_step(mask: str, dtype: str, compiled: bool, parts: int) -> Any:
         torch.manual_seed(0)
