@@ -18,7 +18,7 @@ from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validatio
 from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.completion.sets import training_sets
 from tcc_jax.corpus.similarity import Sets, join_sets
-from tcc_jax.corpus.store import Corpus
+from tcc_jax.corpus.store import SPLITS, Corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
 from tcc_jax.terminal import UserError, progress
 
@@ -64,6 +64,9 @@ class SetNeighbours:
         train = training_sets(corpus)
         self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
         self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
+        self._codes = {name: code for code, name in enumerate(dict.fromkeys(corpus.libraries))}
+        codes = np.array([self._codes[name] for name in corpus.libraries])
+        self._libraries = codes[corpus.splits == SPLITS.index("train")]
         # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
         self._sets_by_gene = self._unit_rows(train).T.tocsr()
 
@@ -72,9 +75,21 @@ class SetNeighbours:
         batches = batched(visible, _QUERIES_AT_ONCE)
         return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
 
-    def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
-        """Return the [n, training sets] similarities to the sets that share a gene."""
+    def similarities(
+        self, visible: Sequence[np.ndarray], without: Sequence[str] | None = None
+    ) -> scipy.sparse.csr_array:
+        """Return the [n, training sets] similarities to the sets that share a gene.
+
+        Args:
+            visible: n arrays of ids.
+            without: for each of them a library of the corpus, whose sets are left out.
+        """
         similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
+        if without is not None:
+            codes = np.array([self._codes[name] for name in without])
+            own = self._libraries[similarities.indices] == np.repeat(codes, np.diff(similarities.indptr))
+            similarities.data[own] = 0
+            similarities.eliminate_zeros()
         similarities.sort_indices()
         return similarities
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tcc_jax.completion.baselines import Ease, tuned_neighbours
+from tcc_jax.completion.baselines import tuned_neighbours
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
@@ -98,7 +98,7 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
             evidence = Evidence(corpus)
         if corpus is not None and options.mixture:
             folder = cache_folder()
-            scorer = tuned_mixture(model, Ease(corpus, folder), tuned_neighbours(corpus, folder), corpus, folder)
+            scorer = tuned_mixture(model, tuned_neighbours(corpus, folder), corpus, folder)
             log(scorer.describe())
     details = {
         "checkpoint": {"path": options.checkpoint, "step": model.checkpoint.step},

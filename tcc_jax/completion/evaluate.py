@@ -185,24 +185,21 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
     found.note(
         f"set-kNN: nearest {neighbours.neighbours:,} training sets, idf cosine to the power {neighbours.power:g}, {how}"
     )
-    if options.baselines != "all":
-        found.left_out = dict.fromkeys(("EASE", "auto-encoder"), "run with --baselines all")
-        if not options.mixture:
-            return found
-    ease = baselines.Ease(corpus, folder, options.ease_genes, options.ease_penalty)
-    found.note(
-        f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows scaled by "
-        f"1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
-    )
     if options.baselines == "all":
-        found.scorers["EASE"] = ease
+        ease = found.scorers["EASE"] = baselines.Ease(corpus, folder, options.ease_genes, options.ease_penalty)
+        found.note(
+            f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows "
+            f"scaled by 1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
+        )
         scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps, options.seed)
         found.note(
             f"auto-encoder: the configuration of GSFM (multi-hot, 512-256-256, BCE), started from principal "
             f"components, {scorer.steps:,} steps ({scorer.passes:.2g} passes over the training sets; GSFM made 50)"
         )
+    else:
+        found.left_out = dict.fromkeys(("EASE", "auto-encoder"), "run with --baselines all")
     if options.mixture:
-        mixture = found.scorers["mixture"] = tuned_mixture(model, ease, neighbours, corpus, folder)
+        mixture = found.scorers["mixture"] = tuned_mixture(model, neighbours, corpus, folder)
         found.note(mixture.describe())
     return found
 

@@ -1,9 +1,8 @@
-"""The model together with retrieval: its probabilities, EASE's scores and the votes of set-kNN."""
+"""The model together with retrieval: its probabilities and the votes of set-kNN, as in a nearest-neighbour LM."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tcc_jax.completion.baselines import Ease, SetNeighbours
+from tcc_jax.completion.baselines import SetNeighbours
 from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.protocol import genes_of
@@ -21,100 +20,85 @@ from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress
 
-EASE_WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.8)
-VOTE_WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 TUNING_SETS = 400
-_SETS_AT_ONCE = 100
+_SETS_AT_ONCE = 32
 
 
 class Mixture:
-    """Scores log(p + vote_weight x votes), where p is the softmax of the model's logits + ease_weight x EASE's scores.
+    """Scores log((1 - weight) p + weight s): the kNN-LM of Khandelwal et al. (ICLR 2020) over sets.
 
-    The softmax is over the genes that are not visible, EASE's scores are in standard deviations over them, and votes
-    are the scores of set-kNN. Adding probabilities of neighbours to a model's is the kNN-LM of Khandelwal et al. (ICLR
-    2020); here the votes are not scaled to a sum of 1, so that near neighbours count for more than far ones.
+    p is the softmax of the model's logits and s the share of set-kNN's votes, both over the genes that are not visible.
+    Where nothing gets a vote the model's order stays.
 
     Args:
         model: scores of the model, logits.
-        ease: its scores.
-        neighbours: scores of set-kNN.
-        ease_weight: nats for each standard deviation.
-        vote_weight: probability for each vote.
+        neighbours: scores of set-kNN, not negative.
+        weight: share of set-kNN, 0 to 1.
     """
 
-    def __init__(
-        self, model: Scorer, ease: Scorer, neighbours: Scorer, ease_weight: float = 0.0, vote_weight: float = 0.0
-    ) -> None:
-        self._scorers = (model, ease, neighbours)
-        self.ease_weight, self.vote_weight = ease_weight, vote_weight
+    def __init__(self, model: Scorer, neighbours: Scorer, weight: float = 0.0) -> None:
+        self._model, self._neighbours, self.weight = model, neighbours, weight
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
-        return np.asarray(_mix(*self.parts(visible), self.ease_weight, self.vote_weight))
+        return _mix(self._model(visible), self._neighbours(visible), visible, self.weight)
 
     def describe(self) -> str:
-        """Return one line with the weights."""
+        """Return one line with the weight."""
         return (
-            f"mixture: log(p + {self.vote_weight:g} x votes of set-kNN), p the softmax of the model's logits + "
-            f"{self.ease_weight:g} x EASE's scores in standard deviations; weights tuned on the validation split"
+            f"mixture: log({1 - self.weight:g} p + {self.weight:g} s), p the model's probabilities and s the share of "
+            f"set-kNN's votes; weighed on the validation split, where sets of a set's own library have no vote"
         )
 
-    def parts(self, visible: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return what is mixed: the three methods' scores, [n, V] float32, and [n, V] bool, the genes not visible."""
-        scores = [np.asarray(scorer(visible), np.float32) for scorer in self._scorers]
-        candidates_BV = np.tile(genes_of(scores[0].shape[1]), (len(visible), 1))
-        for candidates_V, ids in zip(candidates_BV, visible, strict=True):
-            candidates_V[ids] = False
-        return [*scores, candidates_BV]
 
-
-def tuned_mixture(model: Model, ease: Ease, neighbours: SetNeighbours, corpus: Corpus, folder: str | Path) -> Mixture:
-    """Return the mixture with the weights that do best on the corpus's validation split.
+def tuned_mixture(model: Model, neighbours: SetNeighbours, corpus: Corpus, folder: str | Path) -> Mixture:
+    """Return the mixture with the weight that does best on the corpus's validation split.
 
     Best is the highest mean recall at the hidden count, with a random 20 % of up to `TUNING_SETS` validation sets
-    visible, over all pairs of `EASE_WEIGHTS` and `VOTE_WEIGHTS`; the smaller weights where it is equal. The choice is
-    kept in `folder`, by the corpus hash, the model's parameters and the settings of EASE and set-kNN. Without a
-    validation set the model stays alone.
+    visible, among `WEIGHTS`; the smallest where it is equal. Sets of the library that a validation set comes from have
+    no vote then, unless the corpus has one library alone: most sets that are completed come from no library of the
+    corpus, and with the relatives in their own library retrieval gets a weight that does not hold elsewhere. The choice
+    is kept in `folder`, by the corpus hash, the model's parameters and the settings of set-kNN. Without a validation
+    set the model stays alone.
     """
-    mixture = Mixture(model.score, ease, neighbours)
     settings = {
-        "version": 1, "corpus": corpus.hash, "model": _identity(model), "ease": [ease.num_genes, ease.penalty],
-        "knn": [neighbours.neighbours, neighbours.power], "ease_weights": EASE_WEIGHTS, "vote_weights": VOTE_WEIGHTS,
-        "sets": TUNING_SETS,
+        "version": 2, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
+        "knn": [neighbours.neighbours, neighbours.power],
     }  # fmt: skip
-    chosen = cached(folder, "mixture", settings, lambda: _tune(mixture, corpus))
-    mixture.ease_weight, mixture.vote_weight = map(float, chosen["weights"])
-    return mixture
+    chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, neighbours, corpus))
+    return Mixture(model.score, neighbours, float(chosen["weight"]))
 
 
-def _tune(mixture: Mixture, corpus: Corpus) -> Arrays:
+def _tune(model: Scorer, neighbours: SetNeighbours, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
-    pairs = list(itertools.product(EASE_WEIGHTS, VOTE_WEIGHTS))
-    totals = np.zeros(len(pairs))
+    several = len(set(corpus.libraries)) > 1
+    totals = np.zeros(len(WEIGHTS))
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
-            parts = mixture.parts([one.visible for one in batch])
-            totals += [recall_of_each(np.asarray(_mix(*parts, *pair)), batch).sum() for pair in pairs]
+            visible = [one.visible for one in batch]
+            similarities = neighbours.similarities(visible, [one.library for one in batch] if several else None)
+            logits_BV = model(visible)
+            votes_BV = neighbours.votes(similarities, neighbours.neighbours, neighbours.power)
+            totals += [recall_of_each(_mix(logits_BV, votes_BV, visible, weight), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
-    ease_weight, vote_weight = pairs[int(totals.argmax())]
-    return {"recall": totals / max(1, len(masked)), "weights": np.array([ease_weight, vote_weight])}
+    return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(totals.argmax())])}
+
+
+def _mix(logits_BV: np.ndarray, votes_BV: np.ndarray, visible: Sequence[np.ndarray], weight: float) -> np.ndarray:
+    candidates_BV = np.tile(genes_of(logits_BV.shape[1]), (len(visible), 1))
+    for candidates_V, ids in zip(candidates_BV, visible, strict=True):
+        candidates_V[ids] = False
+    return np.asarray(_log_mean(logits_BV, votes_BV, candidates_BV, weight))
 
 
 @jax.jit
-def _mix(
-    logits_BV: jax.Array,
-    ease_BV: jax.Array,
-    votes_BV: jax.Array,
-    candidates_BV: jax.Array,
-    ease_weight: float,
-    vote_weight: float,
-) -> jax.Array:
-    mean_B1 = ease_BV.mean(axis=1, keepdims=True, where=candidates_BV)
-    deviation_B1 = ease_BV.std(axis=1, keepdims=True, where=candidates_BV)
-    # Where EASE knows no visible gene its scores are equal, but for rounding.
-    standard_BV = (ease_BV - mean_B1) / jnp.maximum(deviation_B1, 1e-6)
-    log_p_BV = jax.nn.log_softmax(jnp.where(candidates_BV, logits_BV + ease_weight * standard_BV, -jnp.inf))
-    return jnp.where(candidates_BV, jnp.logaddexp(log_p_BV, jnp.log(vote_weight * votes_BV)), -jnp.inf)
+def _log_mean(logits_BV: jax.Array, votes_BV: jax.Array, candidates_BV: jax.Array, weight: float) -> jax.Array:
+    log_p_BV = jax.nn.log_softmax(jnp.where(candidates_BV, logits_BV, -jnp.inf))
+    votes_BV = jnp.where(candidates_BV, votes_BV, 0)
+    total_B1 = jnp.sum(votes_BV, axis=1, keepdims=True)
+    share_BV = votes_BV / jnp.where(total_B1 > 0, total_B1, 1)
+    return jnp.logaddexp(jnp.log1p(-weight) + log_p_BV, jnp.log(weight * share_BV))
 
 
 def _identity(model: Model) -> str:

@@ -46,7 +46,7 @@ class EvaluateOptions:
     baselines: Literal["standard", "all"] = "standard"
     """standard: random, popularity, set-kNN. all: EASE and a denoising auto-encoder too, each fitted once and kept."""
     mixture: bool = False
-    """Also evaluate the model together with set-kNN and EASE, weighed on the validation split."""
+    """Also evaluate the model together with set-kNN, weighed on the validation split."""
     cache: str | None = None
     """Folder for what is fitted; $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax unless set."""
     knn: tuple[int, float] | None = None
@@ -132,8 +132,8 @@ class CompleteOptions:
     why: bool = False
     """Name the training sets most like the visible genes that hold each proposed one; needs the corpus."""
     mixture: bool = False
-    """Ranking: by the model together with set-kNN and EASE, weighed on the validation split; needs the corpus. What is
-    fitted is kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes minutes."""
+    """Ranking: by the model together with set-kNN, weighed on the validation split; needs the corpus. The weight is
+    kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes a minute or two."""
     corpus: str | None = None
     """The prepared corpus for --why and --mixture; the one the checkpoint was trained on unless set."""
     format: Format | None = None
