@@ -291,40 +291,16 @@ def _logsumexp(
     *,
     with_gradients: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    compute = functools.partial(_logsumexp_in_chunks, dtype=dtype, tile=tile, with_gradients=with_gradients)
-    arrays = h_BCD, embedding_VD, bias_V, weights_BC
-    if jnp.dtype(dtype) != jnp.float32:
-        return compute(*arrays)
-    # On a CPU memory is what the logits wait for: the bias as one more column of the embedding saves two passes.
-    return jax.lax.platform_dependent(*arrays, cpu=functools.partial(compute, bias_column=True), default=compute)
-
-
-def _logsumexp_in_chunks(
-    h_BCD: jax.Array,
-    embedding_VD: jax.Array,
-    bias_V: jax.Array,
-    weights_BC: jax.Array,
-    *,
-    dtype: str,
-    tile: int,
-    with_gradients: bool,
-    bias_column: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     num_rows, num_positions = weights_BC.shape
     num_chunks = math.ceil(num_positions / max(1, tile // num_rows)) if tile else 1
     kind = jnp.dtype(dtype)
     operand_VD = embedding_VD.astype(kind)
-    operand_VE = jnp.concatenate([operand_VD, bias_V[:, None]], axis=1) if bias_column else operand_VD
 
     def chunk(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
         # P: the positions of the chunk over all rows, as one axis.
         shape = inputs[0].shape
         h_PD, weights_P = inputs[0].reshape(-1, shape[-1]), inputs[1].reshape(-1)
-        if bias_column:
-            h_PE = jnp.concatenate([h_PD, jnp.ones_like(h_PD[:, :1])], axis=1)
-            logits_PV = contract("PE,VE->PV", h_PE, operand_VE)
-        else:
-            logits_PV = contract("PD,VD->PV", h_PD.astype(kind), operand_VD, kind).astype(jnp.float32) + bias_V
+        logits_PV = contract("PD,VD->PV", h_PD.astype(kind), operand_VD, kind).astype(jnp.float32) + bias_V
         largest_P = jnp.max(logits_PV, axis=-1)
         exp_PV = jnp.exp(logits_PV - largest_P[:, None])
         sum_P = jnp.sum(exp_PV, axis=-1)
@@ -336,14 +312,9 @@ def _logsumexp_in_chunks(
         scale_P = weights_P / sum_P
         operand_PV = exp_PV.astype(kind)
         d_h_PD = contract("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
-        if bias_column:
-            d_VE = sum_of_outer(operand_PV, h_PE * scale_P[:, None])
-            d_embedding_VD, d_bias_V = d_VE[:, :-1], d_VE[:, -1]
-        else:
-            d_embedding_VD = sum_of_outer(operand_PV, (h_PD * scale_P[:, None]).astype(kind))
-            d_bias_V = contract("PV,P->V", operand_PV, scale_P.astype(kind))
-        carry = (total, carry[1] + d_embedding_VD, carry[2] + d_bias_V)
-        return carry, (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
+        d_embedding_VD = carry[1] + sum_of_outer(operand_PV, (h_PD * scale_P[:, None]).astype(kind))
+        d_bias_V = carry[2] + contract("PV,P->V", operand_PV, scale_P.astype(kind))
+        return (total, d_embedding_VD, d_bias_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
 
     carry: tuple[jax.Array, ...] = (jnp.zeros((), jnp.float32),)
     if with_gradients:
