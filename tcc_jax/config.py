@@ -132,7 +132,8 @@ class TrainingConfig:
     row_length: int = 1024
     """Tokens in a row. A longer set contributes a fresh random subset each time."""
     segments_per_row: int = 64
-    """Most sets packed into one row."""
+    """Most sets packed into one row. With `objective.cut_points`, places that no set takes cost the output layer as
+    much as those that are taken: train says how many are."""
     microbatches: int = 1
     """Parts a batch is taken through one after the other, for one update: less memory, the same mean over the batch."""
     log_every: int = 10

@@ -85,7 +85,9 @@ def _tune(model: Scorer, neighbours: SetNeighbours, corpus: Corpus) -> Arrays:
     return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(totals.argmax())])}
 
 
-def _mix(logits_BV: np.ndarray, votes_BV: np.ndarray, visible: Sequence[np.ndarray], weight: float) -> np.ndarray:
+def _mix(
+    logits_BV: jax.Array | np.ndarray, votes_BV: jax.Array | np.ndarray, visible: Sequence[np.ndarray], weight: float
+) -> np.ndarray:
     candidates_BV = np.tile(genes_of(logits_BV.shape[1]), (len(visible), 1))
     for candidates_V, ids in zip(candidates_BV, visible, strict=True):
         candidates_V[ids] = False

@@ -133,6 +133,9 @@ class Run:
         num_sets = len(self.corpus.indices("train"))
         directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
         directory.log(f"attention: {self.attention}")
+        plan, most = self.loader.source.plan, config.training.segments_per_row
+        used = len(plan.slot_lengths) / (plan.num_rows * most)
+        directory.log(f"packing: rows {plan.fullness:.1%} full, {used:.0%} of their {most} places for sets taken")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
         has_board = config.training.tensorboard and jax.process_index() == 0
         writes = jax.process_index() == 0

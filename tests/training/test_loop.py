@@ -203,7 +203,11 @@ def test_what_a_run_leaves_behind(finished, capsys):
     assert (status["state"], status["step"], status["steps"], status["pid"]) == ("finished", 10, 10, os.getpid())
     [start] = json.loads((directory / "environment.json").read_text())["starts"]
     assert start["step"] == 0 and start["packages"]["jax"] == jax.__version__
-    assert "49 training sets" in (directory / "train.log").read_text()
+    log = (directory / "train.log").read_text()
+    assert "49 training sets" in log
+    loader = loader_of_run(finished, corpus, "train").source
+    share = 49 / (loader.plan.num_rows * finished.training.segments_per_row)
+    assert f"% full, {share:.0%} of their {finished.training.segments_per_row} places for sets taken" in log
     assert from_dict(json.loads((directory / "config.json").read_text())) == finished
     assert (directory / "genes.tsv").read_bytes() == (corpus.path / "genes.tsv").read_bytes()
     training = [line for line in lines_of(finished) if "loss" in line]
