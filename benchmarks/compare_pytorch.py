@@ -109,7 +109,7 @@ def compare(options: argparse.Namespace) -> None:
 
     dtypes = options.dtypes or (["float32", "bfloat16"] if on_cpu else ["bfloat16"])
     # On a CPU both sides are also timed with the gradient summed over parts of a batch, which fit its caches.
-    all_parts = options.parts if on_cpu else []
+    all_parts = [parts for parts in options.parts if parts > 1] if on_cpu else []
     ours = [("next-gene", dtype, attention, 1) for attention in options.attention for dtype in dtypes]
     ours += [("remaining-set", dtypes[0], attention, 1) for attention in options.attention]
     ours += [

@@ -106,7 +106,7 @@ def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     assert compared == [("model", name) for name in names[1:]] + [("mixture", name) for name in names[1:4]]
     shown = capsys.readouterr().out
     assert "nearest 3 training sets, idf cosine to the power 2.5, as given" in shown
-    assert "note: mixture: log(" in shown and "mixture against set-kNN" in shown
+    assert "note: mixture: log(" in shown and "log(1 p" not in shown and "mixture against set-kNN" in shown
     assert "mixture_recall" in read_table(folder / "mixed/per_set.tsv")[0]
 
 

@@ -18,7 +18,7 @@ from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validatio
 from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.completion.sets import training_sets
 from tcc_jax.corpus.similarity import Sets, join_sets
-from tcc_jax.corpus.store import SPLITS, Corpus
+from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
 from tcc_jax.terminal import UserError, progress
 
@@ -64,9 +64,9 @@ class SetNeighbours:
         train = training_sets(corpus)
         self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
         self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
-        self._codes = {name: code for code, name in enumerate(dict.fromkeys(corpus.libraries))}
-        codes = np.array([self._codes[name] for name in corpus.libraries])
-        self._libraries = codes[corpus.splits == SPLITS.index("train")]
+        names, codes = np.unique(corpus.libraries, return_inverse=True)
+        self._codes = {name: code for code, name in enumerate(names.tolist())}
+        self._libraries = codes[corpus.indices("train")]
         # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
         self._sets_by_gene = self._unit_rows(train).T.tocsr()
 
@@ -82,11 +82,11 @@ class SetNeighbours:
 
         Args:
             visible: n arrays of ids.
-            without: for each of them a library of the corpus, whose sets are left out.
+            without: for each of them a library whose sets are left out, "" for none.
         """
         similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
         if without is not None:
-            codes = np.array([self._codes[name] for name in without])
+            codes = np.array([self._codes.get(name, -1) for name in without])
             own = self._libraries[similarities.indices] == np.repeat(codes, np.diff(similarities.indptr))
             similarities.data[own] = 0
             similarities.eliminate_zeros()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ class Mixture:
     Args:
         model: scores of the model, logits.
         neighbours: scores of set-kNN, not negative.
-        weight: share of set-kNN, 0 to 1.
+        weight: share of set-kNN, 0 to under 1.
     """
 
     def __init__(self, model: Scorer, neighbours: Scorer, weight: float = 0.0) -> None:
@@ -48,7 +49,7 @@ class Mixture:
         """Return one line with the weight."""
         return (
             f"mixture: log({1 - self.weight:g} p + {self.weight:g} s), p the model's probabilities and s the share of "
-            f"set-kNN's votes; weighed on the validation split, where sets of a set's own library have no vote"
+            f"set-kNN's votes; weighed on the validation split as for sets of libraries that are not in the corpus"
         )
 
 
@@ -57,13 +58,14 @@ def tuned_mixture(model: Model, neighbours: SetNeighbours, corpus: Corpus, folde
 
     Best is the highest mean recall at the hidden count, with a random 20 % of up to `TUNING_SETS` validation sets
     visible, among `WEIGHTS`; the smallest where it is equal. Sets of the library that a validation set comes from have
-    no vote then, unless the corpus has one library alone: most sets that are completed come from no library of the
-    corpus, and with the relatives in their own library retrieval gets a weight that does not hold elsewhere. The choice
-    is kept in `folder`, by the corpus hash, the model's parameters and the settings of set-kNN. Without a validation
-    set the model stays alone.
+    no vote then, unless most training sets are of it: the sets that people complete come from no library of the corpus,
+    and among relatives in their own library retrieval gets a weight that does not hold elsewhere. For sets of known
+    libraries, such as those of a random test split, the weight is therefore too low. Set-kNN stays as it is given. The
+    choice is kept in `folder`, by the corpus hash, the model's parameters and the settings of set-kNN. Without a
+    validation set the model stays alone.
     """
     settings = {
-        "version": 2, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
+        "version": 3, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
         "knn": [neighbours.neighbours, neighbours.power],
     }  # fmt: skip
     chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, neighbours, corpus))
@@ -72,12 +74,15 @@ def tuned_mixture(model: Model, neighbours: SetNeighbours, corpus: Corpus, folde
 
 def _tune(model: Scorer, neighbours: SetNeighbours, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
-    several = len(set(corpus.libraries)) > 1
+    train = [corpus.libraries[index] for index in corpus.indices("train")]
+    # Without most of its sets a corpus says little.
+    most = {name for name, count in Counter(train).items() if 2 * count > len(train)}
     totals = np.zeros(len(WEIGHTS))
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
             visible = [one.visible for one in batch]
-            similarities = neighbours.similarities(visible, [one.library for one in batch] if several else None)
+            own = ["" if one.library in most else one.library for one in batch]
+            similarities = neighbours.similarities(visible, own)
             logits_BV = model(visible)
             votes_BV = neighbours.votes(similarities, neighbours.neighbours, neighbours.power)
             totals += [recall_of_each(_mix(logits_BV, votes_BV, visible, weight), batch).sum() for weight in WEIGHTS]

@@ -46,7 +46,7 @@ class EvaluateOptions:
     baselines: Literal["standard", "all"] = "standard"
     """standard: random, popularity, set-kNN. all: EASE and a denoising auto-encoder too, each fitted once and kept."""
     mixture: bool = False
-    """Also evaluate the model together with set-kNN, weighed on the validation split."""
+    """Also evaluate the model together with set-kNN, weighed on the validation split as for sets of new libraries."""
     cache: str | None = None
     """Folder for what is fitted; $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax unless set."""
     knn: tuple[int, float] | None = None

@@ -71,7 +71,7 @@ def cuts(batch, num_cuts=3, low=0.0, high=1.0, seed=0):
 @pytest.mark.parametrize("tile", [0, 4 * 5, 1])
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 def test_loss_and_gradient_equal_a_float64_reference(case, kind, with_cuts, tile, platform, monkeypatch):
-    # What is computed elsewhere in another way is right on a CPU too.
+    # The form of other devices, such as the gradient of the embedding, is right when it runs on a CPU.
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
     params, h_BTD, batch = case
     scored = cuts(batch) if with_cuts else []
