@@ -49,7 +49,7 @@ class Mixture:
         """Return one line with the weight."""
         return (
             f"mixture: log({1 - self.weight:g} p + {self.weight:g} s), p the model's probabilities and s the share of "
-            f"set-kNN's votes; weighed on the validation split as for sets of libraries that are not in the corpus"
+            f"set-kNN's votes; weighed on the validation split"
         )
 
 
