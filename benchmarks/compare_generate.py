@@ -25,7 +25,7 @@ TOP_K, VISIBLE, NUM_SPECIAL, POSITIONS = 50, 0.2, 16, 1024
 # For each shape the batches that are timed, and how often.
 WORK = {"one": 7, "many": 3}
 SHAPES = {
-    "laptop": {"num_layers": 2, "width": 128, "num_heads": 4},
+    "laptop": {"num_layers": 1, "width": 512, "num_heads": 8, "hidden_width": 1024},
     "120M": {"num_layers": 12, "width": 768, "num_heads": 12},
 }
 FULL_VOCABULARY = 44_902
@@ -185,6 +185,7 @@ def serve() -> None:
         n_positions=POSITIONS,
         n_layer=shape["num_layers"],
         n_embd=shape["width"],
+        n_inner=shape.get("hidden_width"),
         n_head=shape["num_heads"],
         bos_token_id=1,
         eos_token_id=None,
