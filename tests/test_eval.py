@@ -108,6 +108,8 @@ def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     assert "nearest 3 training sets, idf cosine to the power 2.5, as given" in shown
     assert "note: mixture: log(" in shown and "log(1 p" not in shown and "mixture against set-kNN" in shown
     assert "mixture_recall" in read_table(folder / "mixed/per_set.tsv")[0]
+    with_nats = [row["method"] for row in report["methods"] if "nats_per_hidden_gene" in row["metrics"]]
+    assert with_nats == ["model", "mixture"]
 
 
 def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):

@@ -214,7 +214,8 @@ def _run(
     outcomes = []
     for name, scorer in methods.scorers.items():
         with progress(f"{doing} {name}", len(trials) * len(trials[0])) as advance:
-            outcomes.append(run_method(name, scorer, trials, candidates_V, rare_V, name == "model", advance))
+            is_model = name in ("model", "mixture")
+            outcomes.append(run_method(name, scorer, trials, candidates_V, rare_V, is_model, advance))
     return outcomes
 
 

@@ -66,7 +66,7 @@ class Outcome:
         log_p: natural log of the one-sided Fisher p of the overlap.
         log_adjusted_p: the same after Benjamini-Hochberg over the sets of one seed.
         drawn: for the first seed, int32 ids drawn for each set, best first.
-        calibration: of a model, for the first seed.
+        calibration: of a model or mixture, for the first seed.
     """
 
     method: str
@@ -104,7 +104,8 @@ def run_method(
         trials: for each seed the same sets, masked.
         candidates_V: [V] bool, ids that may be drawn.
         rare_V: [V] bool; `rare_recall` ranks these genes alone: of m hidden ones, the share among the m best of them.
-        is_model: the scores are logits of a softmax over the genes: nats and calibration are computed.
+        is_model: the scores are logits of a softmax over the genes, as of a model or mixture: nats and calibration are
+            computed.
         advance: called with the number of sets just done.
 
     Raises:
