@@ -41,7 +41,8 @@ def disturb(patch, step, action):
 
     class DisturbedLoader:
         def __init__(self, loader, start_step):
-            self.loader, self.start_step, self.steps_per_epoch = loader, start_step, loader.steps_per_epoch
+            self.loader, self.source, self.start_step = loader, loader.source, start_step
+            self.steps_per_epoch = loader.steps_per_epoch
 
         def __iter__(self):
             for number, batch in enumerate(self.loader, self.start_step + 1):
@@ -255,7 +256,8 @@ def poison(patch, steps):
 
     class PoisonedLoader:
         def __init__(self, loader, start_step):
-            self.loader, self.start_step, self.steps_per_epoch = loader, start_step, loader.steps_per_epoch
+            self.loader, self.source, self.start_step = loader, loader.source, start_step
+            self.steps_per_epoch = loader.steps_per_epoch
 
         def __iter__(self):
             for number, batch in enumerate(self.loader, self.start_step + 1):
