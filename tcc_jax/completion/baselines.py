@@ -64,9 +64,6 @@ class SetNeighbours:
         train = training_sets(corpus)
         self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
         self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
-        names, codes = np.unique(corpus.libraries, return_inverse=True)
-        self._codes = {name: code for code, name in enumerate(names.tolist())}
-        self._libraries = codes[corpus.indices("train")]
         # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
         self._sets_by_gene = self._unit_rows(train).T.tocsr()
 
@@ -75,21 +72,9 @@ class SetNeighbours:
         batches = batched(visible, _QUERIES_AT_ONCE)
         return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
 
-    def similarities(
-        self, visible: Sequence[np.ndarray], without: Sequence[str] | None = None
-    ) -> scipy.sparse.csr_array:
-        """Return the [n, training sets] similarities to the sets that share a gene.
-
-        Args:
-            visible: n arrays of ids.
-            without: for each of them a library whose sets are left out, "" for none.
-        """
+    def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
+        """Return the [n, training sets] similarities to the sets that share a gene."""
         similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
-        if without is not None:
-            codes = np.array([self._codes.get(name, -1) for name in without])
-            own = self._libraries[similarities.indices] == np.repeat(codes, np.diff(similarities.indptr))
-            similarities.data[own] = 0
-            similarities.eliminate_zeros()
         similarities.sort_indices()
         return similarities
 

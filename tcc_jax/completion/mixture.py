@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +42,7 @@ class Mixture:
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
-        return _mix(self._model(visible), self._neighbours(visible), visible, self.weight)
+        return np.asarray(_mix(*_parts(self._model(visible), self._neighbours(visible), visible), self.weight))
 
     def describe(self) -> str:
         """Return one line with the weight."""
@@ -75,36 +74,48 @@ def tuned_mixture(model: Model, neighbours: SetNeighbours, corpus: Corpus, folde
 def _tune(model: Scorer, neighbours: SetNeighbours, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
     train = [corpus.libraries[index] for index in corpus.indices("train")]
-    # Without most of its sets a corpus says little.
-    most = {name for name, count in Counter(train).items() if 2 * count > len(train)}
+    names, libraries, sizes = np.unique(train, return_inverse=True, return_counts=True)
+    # Without most of its sets a corpus says little: a library that large keeps its votes.
+    codes = {name: code for code, name in enumerate(names.tolist()) if 2 * sizes[code] <= len(train)}
     totals = np.zeros(len(WEIGHTS))
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
             visible = [one.visible for one in batch]
-            own = ["" if one.library in most else one.library for one in batch]
-            similarities = neighbours.similarities(visible, own)
-            logits_BV = model(visible)
+            similarities = neighbours.similarities(visible)
+            own = np.repeat([codes.get(one.library, -1) for one in batch], np.diff(similarities.indptr))
+            similarities.data[libraries[similarities.indices] == own] = 0
+            similarities.eliminate_zeros()
             votes_BV = neighbours.votes(similarities, neighbours.neighbours, neighbours.power)
-            totals += [recall_of_each(_mix(logits_BV, votes_BV, visible, weight), batch).sum() for weight in WEIGHTS]
+            parts = _parts(model(visible), votes_BV, visible)
+            totals += [recall_of_each(np.asarray(_mix(*parts, weight)), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
     return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(totals.argmax())])}
 
 
-def _mix(
-    logits_BV: jax.Array | np.ndarray, votes_BV: jax.Array | np.ndarray, visible: Sequence[np.ndarray], weight: float
-) -> np.ndarray:
+def _parts(
+    logits_BV: jax.Array | np.ndarray, votes_BV: jax.Array | np.ndarray, visible: Sequence[np.ndarray]
+) -> tuple[jax.Array, jax.Array]:
+    """Return log p and s, [B, V] float32."""
     candidates_BV = np.tile(genes_of(logits_BV.shape[1]), (len(visible), 1))
     for candidates_V, ids in zip(candidates_BV, visible, strict=True):
         candidates_V[ids] = False
-    return np.asarray(_log_mean(logits_BV, votes_BV, candidates_BV, weight))
+    return _over_candidates(logits_BV, votes_BV, candidates_BV)
 
 
 @jax.jit
-def _log_mean(logits_BV: jax.Array, votes_BV: jax.Array, candidates_BV: jax.Array, weight: float) -> jax.Array:
-    log_p_BV = jax.nn.log_softmax(jnp.where(candidates_BV, logits_BV, -jnp.inf))
+def _over_candidates(
+    logits_BV: jax.Array, votes_BV: jax.Array, candidates_BV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     votes_BV = jnp.where(candidates_BV, votes_BV, 0)
     total_B1 = jnp.sum(votes_BV, axis=1, keepdims=True)
-    share_BV = votes_BV / jnp.where(total_B1 > 0, total_B1, 1)
+    return (
+        jax.nn.log_softmax(jnp.where(candidates_BV, logits_BV, -jnp.inf)),
+        votes_BV / jnp.where(total_B1 > 0, total_B1, 1),
+    )
+
+
+@jax.jit
+def _mix(log_p_BV: jax.Array, share_BV: jax.Array, weight: float) -> jax.Array:
     return jnp.logaddexp(jnp.log1p(-weight) + log_p_BV, jnp.log(weight * share_BV))
 
 

@@ -133,7 +133,7 @@ class CompleteOptions:
     """Name the training sets most like the visible genes that hold each proposed one; needs the corpus."""
     mixture: bool = False
     """Ranking: by the model together with set-kNN, weighed on the validation split; needs the corpus. The weight is
-    kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes a minute or two."""
+    kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes minutes."""
     corpus: str | None = None
     """The prepared corpus for --why and --mixture; the one the checkpoint was trained on unless set."""
     format: Format | None = None

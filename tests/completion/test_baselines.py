@@ -33,7 +33,7 @@ def test_random_genes_depend_on_the_seed_and_the_set_alone(tmp_path):
     assert (baselines.random_genes(vocabulary, seed=5)([two]) != apart).any()
 
 
-def brute_force_neighbours(corpus, visible, neighbours, power, without=""):
+def brute_force_neighbours(corpus, visible, neighbours, power):
     train = [set(corpus.genes(index).tolist()) for index in corpus.indices("train")]
     idf = {id_: np.log(len(train) / max(1, sum(id_ in one for one in train))) for id_ in range(corpus.vocabulary.size)}
     norm = {index: np.sqrt(sum(idf[id_] ** 2 for id_ in one)) for index, one in enumerate([*train, set(visible)])}
@@ -41,9 +41,7 @@ def brute_force_neighbours(corpus, visible, neighbours, power, without=""):
         sum(idf[id_] ** 2 for id_ in one & set(visible)) / norm[index] / norm[len(train)]
         for index, one in enumerate(train)
     ]
-    libraries = [corpus.libraries[index] for index in corpus.indices("train")]
-    voters = [index for index in range(len(train)) if libraries[index] != without]
-    nearest = sorted(voters, key=lambda index: -similarity[index])[:neighbours]
+    nearest = sorted(range(len(train)), key=lambda index: -similarity[index])[:neighbours]
     scores = np.zeros(corpus.vocabulary.size)
     for index in nearest:
         scores[list(train[index])] += similarity[index] ** power
@@ -58,18 +56,6 @@ def test_set_neighbours_equal_brute_force(tmp_path):
     for row, ids in enumerate(visible):
         expected = brute_force_neighbours(corpus, ids.tolist(), 500, 3)
         np.testing.assert_allclose(scores[row], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_sets_of_a_library_that_is_left_out_do_not_take_the_place_of_others(tmp_path):
-    corpus = make_corpus(tmp_path / "corpus")
-    corpus = dataclasses.replace(corpus, libraries=[("one", "two")[index % 2] for index in range(corpus.num_sets)])
-    scorer = baselines.SetNeighbours(corpus)
-    visible = [np.array([16, 20, 25], np.int32), np.array([36, 37], np.int32), np.array([60], np.int32)]
-    libraries = ["one", "two", ""]
-    votes = scorer.votes(scorer.similarities(visible, libraries), 3, 2)
-    for row, (ids, name) in enumerate(zip(visible, libraries, strict=True)):
-        expected = brute_force_neighbours(corpus, ids.tolist(), 3, 2, name)
-        np.testing.assert_allclose(votes[row], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_nearest_sets_alone_count(tmp_path):
