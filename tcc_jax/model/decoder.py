@@ -17,7 +17,7 @@ from flax import nnx
 
 from tcc_jax.config import ModelConfig
 from tcc_jax.model.attention import MASKED, attend, attend_visible, segment_offsets, visible_from
-from tcc_jax.model.products import PRODUCT, contract, linear
+from tcc_jax.model.products import PRODUCT, contract, gelu, linear
 
 # The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
 PAD, START, END = 0, 1, 2
@@ -256,7 +256,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return BTD in the type of the matrix products."""
-        return self.contract(jax.nn.gelu(self.expand(x_BTD)))
+        return self.contract(gelu(self.expand(x_BTD)))
 
 
 class Linear(nnx.Module):

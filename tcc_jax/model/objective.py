@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tcc_jax.model.attention import MASKED
 from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
-from tcc_jax.model.products import contract, sum_of_outer
+from tcc_jax.model.products import contract, in_row_order, sum_of_outer
 
 
 class Beyond(NamedTuple):
@@ -226,7 +227,8 @@ def _sum_targets(target_BCT: jax.Array, embedding_BTD: jax.Array) -> jax.Array:
 
 
 def _sum_targets_backward(target_BCT: jax.Array, d_BCD: jax.Array) -> tuple[None, jax.Array]:
-    return None, contract("BCT,BCD->BTD", target_BCT, d_BCD.astype(target_BCT.dtype))
+    target_BTC = in_row_order(jnp.swapaxes(target_BCT, 1, 2))
+    return None, contract("BTC,BCD->BTD", target_BTC, d_BCD.astype(target_BCT.dtype))
 
 
 _sum_targets.defvjp(lambda target, embedding: (_sum_targets(target, embedding), target), _sum_targets_backward)
@@ -262,7 +264,8 @@ def weighted_logsumexp(
         embedding_VD: float32 tied embedding.
         bias_V: float32 output bias, very low where an id can never be proposed.
         weights_BC: float32 weight of each position.
-        dtype: type of the products' operands and of the logits in memory; sums and exponentials are float32.
+        dtype: type of the products' operands and, except on a CPU, of the logits in memory; sums and exponentials are
+            float32.
         tile: positions, over all rows, whose logits are held at once; 0 holds them all.
     """
     return _logsumexp(h_BCD, embedding_VD, bias_V, weights_BC, dtype, tile, with_gradients=False)[0]
@@ -294,17 +297,22 @@ def _logsumexp(
     num_rows, num_positions = weights_BC.shape
     num_chunks = math.ceil(num_positions / max(1, tile // num_rows)) if tile else 1
     kind = jnp.dtype(dtype)
-    operand_VD = embedding_VD.astype(kind)
+    # An id that can never be proposed takes the embedding of a gene: its product must not raise the bound below.
+    operand_VD = jnp.where(bias_V[:, None] > MASKED / 2, embedding_VD, embedding_VD[jnp.argmax(bias_V)]).astype(kind)
+    largest_bias = jnp.max(bias_V)
 
     def chunk(carry: tuple[jax.Array, ...], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
         # P: the positions of the chunk over all rows, as one axis.
         shape = inputs[0].shape
         h_PD, weights_P = inputs[0].reshape(-1, shape[-1]), inputs[1].reshape(-1)
-        logits_PV = contract("PD,VD->PV", h_PD.astype(kind), operand_VD, kind).astype(jnp.float32) + bias_V
-        largest_P = jnp.max(logits_PV, axis=-1)
-        exp_PV = jnp.exp(logits_PV - largest_P[:, None])
+        product_PV = _product(h_PD.astype(kind), operand_VD)
+        # The exponentials need a bound that is near the largest logit, not the very largest: the largest product and
+        # bias make one without a pass over their sums. It is off by no more than the biases differ, far below the 87
+        # nats where a float32 exponential ends.
+        bound_P = jnp.max(product_PV, axis=-1) + largest_bias
+        exp_PV = jnp.exp(product_PV + bias_V - bound_P[:, None])
         sum_P = jnp.sum(exp_PV, axis=-1)
-        logsumexp_P = largest_P + jnp.log(sum_P)
+        logsumexp_P = bound_P + jnp.log(sum_P)
         total = carry[0] + jnp.sum(weights_P * logsumexp_P)
         if not with_gradients:
             return (total,), None
@@ -312,19 +320,47 @@ def _logsumexp(
         scale_P = weights_P / sum_P
         operand_PV = exp_PV.astype(kind)
         d_h_PD = contract("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
-        d_embedding_VD = carry[1] + sum_of_outer(operand_PV, (h_PD * scale_P[:, None]).astype(kind))
-        d_bias_V = carry[2] + contract("PV,P->V", operand_PV, scale_P.astype(kind))
-        return (total, d_embedding_VD, d_bias_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
+        sums_DV, sums_V = _sums_over_positions((h_PD * scale_P[:, None]).astype(kind), scale_P.astype(kind), operand_PV)
+        return (total, carry[1] + sums_DV, carry[2] + sums_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))
 
     carry: tuple[jax.Array, ...] = (jnp.zeros((), jnp.float32),)
     if with_gradients:
-        carry = (*carry, jnp.zeros_like(embedding_VD), jnp.zeros_like(bias_V))
+        # The gradient of the embedding is summed up turned, as the products give it.
+        carry = (*carry, jnp.zeros(embedding_VD.shape[::-1], jnp.float32), jnp.zeros_like(bias_V))
     inputs = (_into_chunks(h_BCD, num_chunks), _into_chunks(weights_BC, num_chunks))
     carry, by_chunk = jax.lax.scan(chunk, carry, inputs)
     if not with_gradients:
         return carry[0], ()
     d_h_BCD, logsumexp_BC = (_out_of_chunks(array, num_positions) for array in by_chunk)
-    return carry[0], (d_h_BCD, carry[1], carry[2], logsumexp_BC)
+    return carry[0], (d_h_BCD, carry[1].T, carry[2], logsumexp_BC)
+
+
+def _product(h_PD: jax.Array, operand_VD: jax.Array) -> jax.Array:
+    """Return the product PV float32."""
+    # An accelerator moves half as much if they lie in memory in the type of the run. On a CPU a chunk stays in the
+    # caches, and rounding is one more pass.
+    return jax.lax.platform_dependent(
+        h_PD,
+        operand_VD,
+        cpu=functools.partial(contract, "PD,VD->PV"),
+        default=lambda h_PD, operand_VD: contract("PD,VD->PV", h_PD, operand_VD, h_PD.dtype).astype(jnp.float32),
+    )
+
+
+def _sums_over_positions(
+    scaled_PD: jax.Array, scale_P: jax.Array, operand_PV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the products DV and V, float32, over the positions: the gradients of the embedding, turned, and bias."""
+
+    def in_one(scaled_PD: jax.Array, scale_P: jax.Array, operand_PV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # A matrix and a vector take a CPU a tenth of what the two matrices do: one more row of these costs nothing.
+        sums_EV = sum_of_outer(jnp.concatenate([scaled_PD, scale_P[:, None]], axis=1), operand_PV)
+        return sums_EV[:-1], sums_EV[-1]
+
+    def in_two(scaled_PD: jax.Array, scale_P: jax.Array, operand_PV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sum_of_outer(scaled_PD, operand_PV), contract("P,PV->V", scale_P, operand_PV)
+
+    return jax.lax.platform_dependent(scaled_PD, scale_P, operand_PV, cpu=in_one, default=in_two)
 
 
 def _into_chunks(x_BC: jax.Array, num_chunks: int) -> jax.Array:

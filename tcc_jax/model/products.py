@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # What `jax.checkpoint` can be told to keep of a block.
 PRODUCT = "product"
@@ -38,11 +39,22 @@ def sum_of_outer(a_PK: jax.Array, b_PN: jax.Array) -> jax.Array:
 
 
 def _turned_sum_of_outer(a_PK: jax.Array, b_PN: jax.Array) -> jax.Array:
-    # XLA's fast products on a CPU sum over the columns of the left operand. Turn the smaller one, behind a barrier: XLA
-    # would take the transposition back.
     if a_PK.shape[1] > b_PN.shape[1]:
-        return jax.lax.optimization_barrier(_turned_sum_of_outer(b_PN, a_PK)).T
-    return contract("KP,PN->KN", jax.lax.optimization_barrier(a_PK.T), b_PN)
+        return _turned_sum_of_outer(b_PN, a_PK).T
+    return in_row_order(contract("KP,PN->KN", in_row_order(a_PK.T), in_row_order(b_PN)))
+
+
+def in_row_order(x: jax.Array) -> jax.Array:
+    """Return x as it is, on a CPU held in memory with its last axis contiguous.
+
+    XLA's fast products on a CPU sum over the last axis of the left operand. Left free, XLA takes a transposition before
+    a product back, falls to a slow one, and multiplies bfloat16 as float32. Among several devices a barrier stands
+    instead, which keeps the transposition alone: XLA would gather an array whose layout is given on all of them.
+    """
+    if jax.device_count() > 1:
+        return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    order = Layout(major_to_minor=tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(x, cpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
 
 
 @jax.custom_vjp
@@ -63,3 +75,20 @@ def _linear_backward(saved: tuple[jax.Array, jax.Array], d_PN: jax.Array) -> tup
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Return the GELU (tanh form, Hendrycks & Gimpel 2016), computed in float32 and rounded once to the type of x.
+
+    Its gradient is computed from x again, which is all that is kept.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _gelu_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
+    _, pull = jax.vjp(jax.nn.gelu, x.astype(jnp.float32))
+    return (pull(d.astype(jnp.float32))[0].astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

@@ -4,12 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from tcc_jax.config import ModelConfig
 from tcc_jax.corpus import vocabulary
 from tcc_jax.model import decoder as decoder_module
+from tcc_jax.model.attention import MASKED
 from tcc_jax.model.decoder import NUM_SPECIAL, initial_params, merge, proposable_ids, take_positions
-from tcc_jax.model.objective import LOSSES, Beyond, cut_positions, remaining_set_loss, with_false_genes
+from tcc_jax.model.objective import (
+    LOSSES,
+    Beyond,
+    cut_positions,
+    remaining_set_loss,
+    weighted_logsumexp,
+    with_false_genes,
+)
 from tests.model.rows import pack, random_rows
 
 SIZE, LENGTH, WIDTH, SLOTS = 50, 23, 16, 6
@@ -187,6 +196,39 @@ def test_ids_that_cannot_be_proposed_get_no_probability_and_no_gradient(case):
     probabilities = jax.nn.softmax(merge(MODEL, SIZE, LENGTH, params).logits(h_BTD))
     assert not np.any(probabilities[..., never])
     assert np.all(probabilities[..., ~never] > 0)
+
+
+@pytest.mark.parametrize("shift", [0, -200, 200])
+def test_the_normalizer_holds_where_biases_and_ids_that_cannot_be_proposed_are_far_apart(case, shift):
+    # Its bound is not the largest logit; the gene with the largest logit has the smallest bias here.
+    params, h_BTD, _ = case
+    random = np.random.default_rng(2)
+    never = ~proposable_ids(SIZE)
+    embedding_VD = np.asarray(params["embedding"]).copy()
+    embedding_VD[never] *= 1e4
+    bias_V = np.where(never, MASKED, random.uniform(-60, 0, never.size)).astype(np.float32)
+    # Logits that are all far below or above 0.
+    h_BTD, embedding_VD[:, 0] = np.asarray(h_BTD).copy(), shift
+    h_BTD[:, :, 0] = 1
+    weights_BT = random.uniform(size=h_BTD.shape[:2]).astype(np.float32)
+
+    arrays = [jnp.asarray(array) for array in (h_BTD, embedding_VD, bias_V)]
+    total, gradients = jax.jit(
+        jax.value_and_grad(lambda *arrays: weighted_logsumexp(*arrays, weights_BT, "float32", 7), argnums=(0, 1, 2))
+    )(*arrays)
+    logits_BTV = np.where(never, -np.inf, h_BTD.astype(np.float64) @ embedding_VD.T.astype(np.float64) + bias_V)
+    normalizer_BT = scipy.special.logsumexp(logits_BTV, axis=-1)
+    np.testing.assert_allclose(total, np.sum(weights_BT * normalizer_BT), rtol=2e-6)
+    weighted_BTV = weights_BT[:, :, None] * np.exp(logits_BTV - normalizer_BT[:, :, None])
+    expected = (
+        weighted_BTV @ np.where(never[:, None], 0, embedding_VD),
+        np.einsum("BTV,BTD->VD", weighted_BTV, h_BTD),
+        weighted_BTV.sum((0, 1)),
+    )
+    # A float32 logit of 200 is known to 1.5e-5, and so is what is multiplied with e to its power.
+    error = 2e-4 if shift else 2e-5
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=error, atol=error)
 
 
 def test_cut_points_lie_where_they_should():
