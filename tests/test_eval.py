@@ -50,12 +50,17 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     assert report["format_version"] == 3 and report["checkpoint"]["step"] == STEP
     assert report["sets_evaluated"] == 27 and len(rows) == 3 * 27 and report["skipped"] == []
     methods = {row["method"]: row for row in report["methods"]}
-    assert list(methods) == ["model", "popularity", "random", "set-kNN"]
+    assert list(methods) == ["model", "popularity", "random", "set-kNN", "relevance"]
     assert report["left_out"] == dict.fromkeys(["EASE", "auto-encoder"], "run with --baselines all")
     # Sets are drawn from families of 20 genes: neighbours know them, chance and popularity don't.
     recalls = {name: row["metrics"]["recall"] for name, row in methods.items()}
     assert recalls["set-kNN"]["mean"] > 0.25 > recalls["random"]["mean"]
-    for name, prefix in (("model", ""), ("popularity", "popularity_"), ("set-kNN", "set_knn_")):
+    for name, prefix in (
+        ("model", ""),
+        ("popularity", "popularity_"),
+        ("set-kNN", "set_knn_"),
+        ("relevance", "relevance_"),
+    ):
         recall = [int(row[f"{prefix}hits"]) / int(row["hidden"]) for row in rows]
         np.testing.assert_allclose(np.mean(recall), recalls[name]["mean"], rtol=1e-6)
         per_seed = [sum(row[f"{prefix}significant"] == "yes" for row in rows if row["seed"] == seed) for seed in "012"]
@@ -65,7 +70,7 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     assert [line[0] for line in lines] == [row["name"] for row in rows[:27]]
     assert {line[1] for line in lines} == {f"completed by tcc_jax step {STEP}"}
     assert [len(line) - 2 for line in lines] == [int(row["hidden"]) for row in rows[:27]]
-    assert [row["baseline"] for row in report["comparisons"]] == ["popularity", "random", "set-kNN"]
+    assert [row["baseline"] for row in report["comparisons"]] == ["popularity", "random", "set-kNN", "relevance"]
     assert report["leaks"]["sets"] == 27 and "nats_per_hidden_gene" in methods["model"]["metrics"]
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
@@ -79,7 +84,7 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
                  "--ease-genes", 40, "--sweep", "--noise", "--limit", 9)  # fmt: skip
     run(monkeypatch, *arguments, "--out", folder / "all")
     report = json.loads((folder / "all/report.json").read_text())
-    names = ["model", "popularity", "random", "set-kNN", "EASE", "auto-encoder"]
+    names = ["model", "popularity", "random", "set-kNN", "relevance", "EASE", "auto-encoder"]
     assert [row["method"] for row in report["methods"]] == names and report["left_out"] == {}
     assert report["sets_evaluated"] == 9
     curves = report["curves"]
@@ -97,13 +102,13 @@ def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--mixture", "--limit", 9)
     run(monkeypatch, *arguments, "--knn", 3, 2.5, "--out", folder / "mixed")
     report = json.loads((folder / "mixed/report.json").read_text())
-    names = ["model", "popularity", "random", "set-kNN", "mixture"]
+    names = ["model", "popularity", "random", "set-kNN", "relevance", "mixture"]
     assert [row["method"] for row in report["methods"]] == names and list(report["left_out"]) == [
         "EASE",
         "auto-encoder",
     ]
     compared = [(row["method"], row["baseline"]) for row in report["comparisons"]]
-    assert compared == [("model", name) for name in names[1:]] + [("mixture", name) for name in names[1:4]]
+    assert compared == [("model", name) for name in names[1:]] + [("mixture", name) for name in names[1:5]]
     shown = capsys.readouterr().out
     assert "nearest 3 training sets, idf cosine to the power 2.5, as given" in shown
     assert "note: mixture: log(" in shown and "log(1 p" not in shown and "mixture against set-kNN" in shown
@@ -202,7 +207,7 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     # OLD1 and G1 are one gene; TWO, G99 and NOPE are left out and counted.
     assert (rows[1]["visible"], rows[1]["hidden"], rows[1]["outside_vocabulary"]) == ("1", "2", "3")
     assert rows[2]["visible"] == "12" and rows[2]["hits"] == "48" and float(rows[2]["log10_p"]) == 0
-    assert list(report["left_out"]) == ["set-kNN", "EASE", "auto-encoder"] and report["leaks"] is None
+    assert list(report["left_out"]) == ["set-kNN", "relevance", "EASE", "auto-encoder"] and report["leaks"] is None
     assert [row["method"] for row in report["methods"]] == ["model", "popularity", "random"]
     symbols = report["source"]["symbols"]
     assert symbols["mentions"]["previous"] == 1 and symbols["mentions"]["ambiguous"] == 1

@@ -13,11 +13,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from tcc_jax.completion.baselines import tuned_neighbours
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
 from tcc_jax.completion.ranker import Scorer, batched
+from tcc_jax.completion.relevance import RelevanceModel
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.completion.sets import (
     FoundGene,
@@ -97,8 +97,7 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
         elif options.why:
             evidence = Evidence(corpus)
         if corpus is not None and options.mixture:
-            folder = cache_folder()
-            scorer = tuned_mixture(model, tuned_neighbours(corpus, folder), corpus, folder)
+            scorer = tuned_mixture(model, RelevanceModel(corpus), corpus, cache_folder())
             log(scorer.describe())
     details = {
         "checkpoint": {"path": options.checkpoint, "step": model.checkpoint.step},

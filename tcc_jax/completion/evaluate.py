@@ -30,6 +30,7 @@ from tcc_jax.completion.protocol import (
     read_drawn_counts,
 )
 from tcc_jax.completion.ranker import Scorer
+from tcc_jax.completion.relevance import RelevanceModel
 from tcc_jax.completion.report import Report, write_report
 from tcc_jax.completion.sets import (
     GeneFinder,
@@ -173,7 +174,7 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
         }
     )
     if corpus is None:
-        names = ("set-kNN", "EASE", "auto-encoder", *(("mixture",) if options.mixture else ()))
+        names = ("set-kNN", "relevance", "EASE", "auto-encoder", *(("mixture",) if options.mixture else ()))
         found.left_out = dict.fromkeys(names, missing)
         return found
     folder = Path(options.cache or cache_folder())
@@ -185,6 +186,8 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
     found.note(
         f"set-kNN: nearest {neighbours.neighbours:,} training sets, idf cosine to the power {neighbours.power:g}, {how}"
     )
+    relevance = found.scorers["relevance"] = RelevanceModel(corpus)
+    found.note(relevance.describe())
     if options.baselines == "all":
         ease = found.scorers["EASE"] = baselines.Ease(corpus, folder, options.ease_genes, options.ease_penalty)
         found.note(
@@ -199,7 +202,7 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
     else:
         found.left_out = dict.fromkeys(("EASE", "auto-encoder"), "run with --baselines all")
     if options.mixture:
-        mixture = found.scorers["mixture"] = tuned_mixture(model, neighbours, corpus, folder)
+        mixture = found.scorers["mixture"] = tuned_mixture(model, relevance, corpus, folder)
         found.note(mixture.describe())
     return found
 

@@ -1,4 +1,4 @@
-"""The model together with retrieval: its probabilities and the votes of set-kNN, as in a nearest-neighbour LM."""
+"""The model together with retrieval: its probabilities and the votes of training sets, as in a nearest-neighbour LM."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tcc_jax.completion.baselines import SetNeighbours
 from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.protocol import genes_of
 from tcc_jax.completion.ranker import Scorer, batched
+from tcc_jax.completion.relevance import RelevanceModel
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress
 
-WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TUNING_SETS = 400
 _SETS_AT_ONCE = 32
 
@@ -28,65 +28,63 @@ _SETS_AT_ONCE = 32
 class Mixture:
     """Scores log((1 - weight) p + weight s): the kNN-LM of Khandelwal et al. (ICLR 2020) over sets.
 
-    p is the softmax of the model's logits and s the share of set-kNN's votes, both over the genes that are not visible.
+    p is the softmax of the model's logits and s the share of the votes, both over the genes that are not visible.
     Where nothing gets a vote the model's order stays.
 
     Args:
         model: scores of the model, logits.
-        neighbours: scores of set-kNN, not negative.
-        weight: share of set-kNN, 0 to under 1.
+        retrieval: scores of a relevance model, not negative.
+        weight: share of retrieval, 0 to under 1.
     """
 
-    def __init__(self, model: Scorer, neighbours: Scorer, weight: float = 0.0) -> None:
-        self._model, self._neighbours, self.weight = model, neighbours, weight
+    def __init__(self, model: Scorer, retrieval: Scorer, weight: float = 0.0) -> None:
+        self._model, self._retrieval, self.weight = model, retrieval, weight
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
-        return np.asarray(_mix(*_parts(self._model(visible), self._neighbours(visible), visible), self.weight))
+        return np.asarray(_mix(*_parts(self._model(visible), self._retrieval(visible), visible), self.weight))
 
     def describe(self) -> str:
         """Return one line with the weight."""
         return (
             f"mixture: log({1 - self.weight:g} p + {self.weight:g} s), p the model's probabilities and s the share of "
-            f"set-kNN's votes; weighed on the validation split"
+            f"the relevance model's votes; weighed on the validation split"
         )
 
 
-def tuned_mixture(model: Model, neighbours: SetNeighbours, corpus: Corpus, folder: str | Path) -> Mixture:
+def tuned_mixture(model: Model, retrieval: RelevanceModel, corpus: Corpus, folder: str | Path) -> Mixture:
     """Return the mixture with the weight that does best on the corpus's validation split.
 
     Best is the highest mean recall at the hidden count, with a random 20 % of up to `TUNING_SETS` validation sets
     visible, among `WEIGHTS`; the smallest where it is equal. Sets of the library that a validation set comes from have
     no vote then, unless most training sets are of it: the sets that people complete come from no library of the corpus,
     and among relatives in their own library retrieval gets a weight that does not hold elsewhere. For sets of known
-    libraries, such as those of a random test split, the weight is therefore too low. Set-kNN stays as it is given. The
-    choice is kept in `folder`, by the corpus hash, the model's parameters and the settings of set-kNN. Without a
-    validation set the model stays alone.
+    libraries, such as those of a random test split, the weight is therefore too low. The choice is kept in `folder`, by
+    the corpus hash, the model's parameters and the settings of retrieval. Without a validation set the model stays
+    alone.
     """
     settings = {
-        "version": 3, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
-        "knn": [neighbours.neighbours, neighbours.power],
+        "version": 4, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
+        "relevance": retrieval.settings,
     }  # fmt: skip
-    chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, neighbours, corpus))
-    return Mixture(model.score, neighbours, float(chosen["weight"]))
+    chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, retrieval, corpus))
+    return Mixture(model.score, retrieval, float(chosen["weight"]))
 
 
-def _tune(model: Scorer, neighbours: SetNeighbours, corpus: Corpus) -> Arrays:
+def _tune(model: Scorer, retrieval: RelevanceModel, corpus: Corpus) -> Arrays:
     masked = validation_masks(corpus, TUNING_SETS)
-    train = [corpus.libraries[index] for index in corpus.indices("train")]
-    names, libraries, sizes = np.unique(train, return_inverse=True, return_counts=True)
+    sizes = np.bincount(retrieval.libraries)
     # Without most of its sets a corpus says little: a library that large keeps its votes.
-    codes = {name: code for code, name in enumerate(names.tolist()) if 2 * sizes[code] <= len(train)}
+    codes = {name: code for code, name in enumerate(retrieval.names) if 2 * sizes[code] <= sizes.sum()}
     totals = np.zeros(len(WEIGHTS))
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
             visible = [one.visible for one in batch]
-            similarities = neighbours.similarities(visible)
-            own = np.repeat([codes.get(one.library, -1) for one in batch], np.diff(similarities.indptr))
-            similarities.data[libraries[similarities.indices] == own] = 0
-            similarities.eliminate_zeros()
-            votes_BV = neighbours.votes(similarities, neighbours.neighbours, neighbours.power)
-            parts = _parts(model(visible), votes_BV, visible)
+            likelihoods = retrieval.likelihoods(visible)
+            own = np.repeat([codes.get(one.library, -1) for one in batch], np.diff(likelihoods.indptr))
+            likelihoods.data[retrieval.libraries[likelihoods.indices] == own] = 0
+            likelihoods.eliminate_zeros()
+            parts = _parts(model(visible), retrieval.votes(likelihoods, visible), visible)
             totals += [recall_of_each(np.asarray(_mix(*parts, weight)), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
     return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(totals.argmax())])}

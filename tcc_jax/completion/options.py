@@ -44,9 +44,11 @@ class EvaluateOptions:
     background: str | None = None
     """File of gene symbols: only these can be visible, hidden or drawn, and they are the universe."""
     baselines: Literal["standard", "all"] = "standard"
-    """standard: random, popularity, set-kNN. all: EASE and a denoising auto-encoder too, each fitted once and kept."""
+    """standard: random, popularity, set-kNN and the relevance model. all: EASE and a denoising auto-encoder too, each
+    fitted once and kept."""
     mixture: bool = False
-    """Also evaluate the model together with set-kNN, weighed on the validation split as for sets of new libraries."""
+    """Also evaluate the model together with the relevance model, weighed on the validation split as for sets of new
+    libraries."""
     cache: str | None = None
     """Folder for what is fitted; $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax unless set."""
     knn: tuple[int, float] | None = None
@@ -132,8 +134,8 @@ class CompleteOptions:
     why: bool = False
     """Name the training sets most like the visible genes that hold each proposed one; needs the corpus."""
     mixture: bool = False
-    """Ranking: by the model together with set-kNN, weighed on the validation split; needs the corpus. The weight is
-    kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes minutes."""
+    """Ranking: by the model together with the relevance model, weighed on the validation split; needs the corpus. The
+    weight is kept in $XDG_CACHE_HOME/tcc_jax or ~/.cache/tcc_jax; the first time takes longer."""
     corpus: str | None = None
     """The prepared corpus for --why and --mixture; the one the checkpoint was trained on unless set."""
     format: Format | None = None

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion import mixture as module
-from tcc_jax.completion.baselines import SetNeighbours
+from tcc_jax.completion import relevance
 from tcc_jax.completion.fitting import validation_masks
 from tcc_jax.completion.mixture import WEIGHTS, Mixture, tuned_mixture
 from tcc_jax.completion.model import load
 from tcc_jax.completion.ranker import rank
+from tcc_jax.completion.relevance import RelevanceModel
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import make_corpus, make_run
 
@@ -22,11 +23,11 @@ def scorer(seed, low=-3.0):
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.9])
 def test_equals_a_loop_in_float64(weight):
     visible = [np.array([20, 70, 33], np.int32), np.array([16], np.int32)]
-    model, neighbours = scorer(0), scorer(1, 0)
-    scores = Mixture(model, neighbours, weight)(visible)
+    model, retrieval = scorer(0), scorer(1, 0)
+    scores = Mixture(model, retrieval, weight)(visible)
     for row, ids in enumerate(visible):
         candidates = [id_ for id_ in range(NUM_SPECIAL, SIZE) if id_ not in ids]
-        logits, votes = (np.asarray(part(visible)[row, candidates], np.float64) for part in (model, neighbours))
+        logits, votes = (np.asarray(part(visible)[row, candidates], np.float64) for part in (model, retrieval))
         share = (1 - weight) * np.exp(logits) / np.exp(logits).sum() + weight * votes / votes.sum()
         np.testing.assert_allclose(scores[row, candidates], np.log(share), rtol=1e-5, atol=1e-5)
         assert np.all(np.isneginf(np.delete(scores[row], candidates)))
@@ -47,19 +48,17 @@ def with_libraries(corpus):
 def test_weight_is_the_best_on_the_validation_split_and_kept(tmp_path, monkeypatch):
     corpus = with_libraries(make_corpus(tmp_path / "corpus", num_sets=300))
     make_run(tmp_path / "run", corpus)
-    # Few neighbours: sets of the own library must not take the place of others.
-    model, neighbours = load(tmp_path / "run"), SetNeighbours(corpus, neighbours=5)
-    tuned = tuned_mixture(model, neighbours, corpus, tmp_path / "cache")
+    # Few sets count: those of the own library must not take the place of others.
+    monkeypatch.setattr(relevance, "_NEAREST", 5)
+    model, retrieval = load(tmp_path / "run"), RelevanceModel(corpus)
+    tuned = tuned_mixture(model, retrieval, corpus, tmp_path / "cache")
     masked, recalls = validation_masks(corpus, 1000), np.zeros(len(WEIGHTS))
-    train = [set_ for set_ in range(corpus.num_sets) if corpus.splits[set_] == 0]
-    members = np.zeros((len(train), corpus.vocabulary.size), np.float32)
-    for row, set_ in enumerate(train):
-        members[row, corpus.tokens[corpus.offsets[set_] : corpus.offsets[set_ + 1]]] = 1
     for one in masked:
-        similarities = neighbours.similarities([one.visible]).toarray()[0]
-        similarities[[corpus.libraries[set_] == one.library for set_ in train]] = 0
-        nearest = np.argsort(-similarities)[:5]
-        votes_V = similarities[nearest] ** neighbours.power @ members[nearest]
+        likelihoods = retrieval.likelihoods([one.visible])
+        names = np.array([corpus.libraries[set_] for set_ in corpus.indices("train")])
+        likelihoods.data[names[likelihoods.indices] == one.library] = 0
+        likelihoods.eliminate_zeros()
+        (votes_V,) = retrieval.votes(likelihoods, [one.visible])
         for number, weight in enumerate(WEIGHTS):
             mixture = Mixture(model.score, lambda visible, votes_V=votes_V: votes_V[None], weight)
             (drawn,), _ = rank(mixture, [one.visible], [len(one.hidden)])
@@ -67,26 +66,26 @@ def test_weight_is_the_best_on_the_validation_split_and_kept(tmp_path, monkeypat
     assert recalls[WEIGHTS.index(tuned.weight)] == pytest.approx(recalls.max())
     assert tuned.weight > 0 and f"{tuned.weight:g} s" in tuned.describe()
     unsplit = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
-    assert tuned_mixture(model, neighbours, unsplit, tmp_path / "another cache").weight == 0
+    assert tuned_mixture(model, retrieval, unsplit, tmp_path / "another cache").weight == 0
     monkeypatch.setattr(module, "_tune", None)
-    assert tuned_mixture(model, neighbours, corpus, tmp_path / "cache").weight == tuned.weight
+    assert tuned_mixture(model, retrieval, corpus, tmp_path / "cache").weight == tuned.weight
     # Other parameters or settings are weighed anew.
     make_run(tmp_path / "other", corpus, seed=4)
     with pytest.raises(TypeError):
-        tuned_mixture(load(tmp_path / "other"), neighbours, corpus, tmp_path / "cache")
-    neighbours.power = 2.0
+        tuned_mixture(load(tmp_path / "other"), retrieval, corpus, tmp_path / "cache")
+    monkeypatch.setattr(relevance, "_POWER", 2.0)
     with pytest.raises(TypeError):
-        tuned_mixture(model, neighbours, corpus, tmp_path / "cache")
+        tuned_mixture(model, retrieval, corpus, tmp_path / "cache")
 
 
 def test_only_a_library_with_most_of_the_training_sets_keeps_its_votes(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", num_sets=300)
     make_run(tmp_path / "run", corpus)
     model = load(tmp_path / "run")
-    alone = tuned_mixture(model, SetNeighbours(corpus), corpus, tmp_path / "one")
+    alone = tuned_mixture(model, RelevanceModel(corpus), corpus, tmp_path / "one")
     names = ["test" if split == 2 else "train" for split in corpus.splits]
     unseen = dataclasses.replace(corpus, libraries=names)
-    assert tuned_mixture(model, SetNeighbours(unseen), unseen, tmp_path / "two").weight == alone.weight > 0
+    assert tuned_mixture(model, RelevanceModel(unseen), unseen, tmp_path / "two").weight == alone.weight > 0
     # Families share no gene: where each is a library of its own, nothing is left to vote.
     apart = dataclasses.replace(corpus, libraries=[f"family {index % 3}" for index in range(corpus.num_sets)])
-    assert tuned_mixture(model, SetNeighbours(apart), apart, tmp_path / "three").weight == 0
+    assert tuned_mixture(model, RelevanceModel(apart), apart, tmp_path / "three").weight == 0
