@@ -62,7 +62,7 @@ run() {
     exit 130
   fi
   echo "== eval: the test split" >&2
-  .venv/bin/python -m tcc_jax.eval --checkpoint "$directory" --out "$directory/report" --overwrite
+  .venv/bin/python -m tcc_jax.eval --checkpoint "$directory" --out "$directory/report" --mixture --overwrite
   echo "the report is $PWD/$directory/report/report.html"
 }
 

@@ -13,9 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from tcc_jax.completion.report import Report
 
-# Okabe & Ito's colours, which colour-blind readers tell apart; the marks differ in shape as well.
-_COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-_MARKS = ("o", "s", "x", "^", "D", "v", "P")
+# Okabe & Ito's colours, which colour-blind readers tell apart, one for each method; the marks differ in shape as well.
+_COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_MARKS = ("o", "s", "x", "^", "D", "v", "P", "*")
 _TICKS = (0, 0.5, *(digit * 10**power for power in range(5) for digit in (1, 2, 5)))
 _LIBRARIES_SHOWN = 10
 _NAME_SHOWN = 40
