@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tcc_jax.completion import baselines
+from tcc_jax.completion import baselines, plots
 from tcc_jax.completion.evaluation import run_method
 from tcc_jax.completion.protocol import genes_of, mask_sets, rarest_third
 from tcc_jax.completion.report import FORMAT_VERSION, Report, write_report
@@ -125,3 +125,8 @@ def test_without_the_corpus_or_curves(corpus):
     text = report.text()
     assert report.leaks is None and "leak report" not in text and "far_from_training" not in report.subsets
     assert "model" in text and "left out" not in text
+
+
+def test_all_methods_of_an_evaluation_look_different():
+    # Model, popularity, random, set-kNN, relevance, EASE, auto-encoder, mixture.
+    assert len(set(plots._COLOURS)) == len(plots._COLOURS) == len(set(plots._MARKS)) == len(plots._MARKS) >= 8
