@@ -57,7 +57,9 @@ class Sets:
     def matrix(self, num_genes: int, values: np.ndarray | None = None) -> scipy.sparse.csr_array:
         """Return a [sets, num_genes] matrix of per-mention values; without any, the int32 incidence matrix."""
         values = np.ones(len(self.tokens), np.int32) if values is None else values
-        return scipy.sparse.csr_array((values, self.tokens, self.offsets), shape=(len(self), num_genes))
+        # Where 32 bits can count the mentions, the columns keep theirs too: SciPy takes one type for both.
+        offsets = self.offsets.astype(np.int32) if len(self.tokens) < 2**31 else self.offsets
+        return scipy.sparse.csr_array((values, self.tokens, offsets), shape=(len(self), num_genes))
 
 
 def training_sets(corpus: Corpus) -> Sets:
