@@ -1,5 +1,6 @@
 """`python -m tcc_jax.prepare` as a user runs it, wrong input included."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -70,7 +71,9 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, number):
     fifo = tmp_path / "slow.gmt"
     os.mkfifo(fifo)  # never written to: the command waits for it until the signal
     command = [sys.executable, "-m", "tcc_jax.prepare", "--gmt", fifo, "--out", tmp_path / "new" / "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Tests that run under nohup would pass on that SIGHUP is ignored.
+    default = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     while not (tmp_path / "new").exists():
         time.sleep(0.05)
         assert process.poll() is None
