@@ -49,7 +49,7 @@ def in_row_order(x: jax.Array) -> jax.Array:
 
     XLA's fast products on a CPU sum over the last axis of the left operand. Left free, XLA takes a transposition before
     a product back, falls to a slow one, and multiplies bfloat16 as float32. Among several devices a barrier stands
-    instead, which keeps the transposition alone: XLA would gather an array whose layout is given on all of them.
+    instead, which keeps the transposition alone: a given layout was seen to make XLA gather an array on all of them.
     """
     if jax.device_count() > 1:
         return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

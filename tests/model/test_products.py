@@ -25,14 +25,6 @@ def test_a_sum_of_outer_products_keeps_float32_sums(shape, dtype, devices, monke
     np.testing.assert_allclose(jax.jit(lambda a, b: sum_of_outer(a, b).T)(a_PK, b_PN), expected.T, rtol=1e-5, atol=1e-5)
 
 
-def test_among_devices_the_positions_are_summed_where_they_are():
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over_positions = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    operands = [jax.ShapeDtypeStruct((64, size), jnp.bfloat16, sharding=over_positions) for size in (16, 32)]
-    program = jax.jit(sum_of_outer).lower(*operands).compile().as_text()
-    assert jax.device_count() > 1 and "all-reduce" in program and "all-gather" not in program
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gelu_and_its_slope_are_rounded_once(dtype):
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
