@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tcc_jax.model.attention import MASKED
 from tcc_jax.model.decoder import END, NUM_SPECIAL, Decoder
-from tcc_jax.model.products import contract, in_row_order, sum_of_outer
+from tcc_jax.model.products import contract, in_row_order, rounded, sum_of_outer
 
 
 class Beyond(NamedTuple):
@@ -318,7 +318,7 @@ def _logsumexp(
             return (total,), None
         # exp / sum is the softmax; dividing the small side of each product saves a pass over the logits.
         scale_P = weights_P / sum_P
-        operand_PV = exp_PV.astype(kind)
+        operand_PV = rounded(exp_PV, kind)
         d_h_PD = contract("PV,VD->PD", operand_PV, operand_VD) * scale_P[:, None]
         sums_DV, sums_V = _sums_over_positions((h_PD * scale_P[:, None]).astype(kind), scale_P.astype(kind), operand_PV)
         return (total, carry[1] + sums_DV, carry[2] + sums_V), (d_h_PD.reshape(shape), logsumexp_P.reshape(shape[:-1]))

@@ -31,6 +31,23 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array, out: jnp.dtype | type 
     )
 
 
+def rounded(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
+    """Return a float32 array in another type, rounded to nearest even; no gradient is known of it.
+
+    A CPU rounds large arrays to bfloat16 here in a quarter to a half of the time of XLA's own rounding.
+    """
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    return jax.lax.platform_dependent(x, cpu=_upper_half, default=lambda x: x.astype(dtype))
+
+
+def _upper_half(x: jax.Array) -> jax.Array:
+    # A NaN of arithmetic stays one: it has no low bits that could carry over into the sign.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    nearest = bits + (0x7FFF + ((bits >> 16) & 1))
+    return jax.lax.bitcast_convert_type((nearest >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
 def sum_of_outer(a_PK: jax.Array, b_PN: jax.Array) -> jax.Array:
     """Return the sum over P of the outer products of a and b, KN float32: the gradient of a kernel."""
     return jax.lax.platform_dependent(
@@ -83,12 +100,12 @@ def gelu(x: jax.Array) -> jax.Array:
 
     Its gradient is computed from x again, which is all that is kept.
     """
-    return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+    return rounded(jax.nn.gelu(x.astype(jnp.float32)), x.dtype)
 
 
 def _gelu_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
     _, pull = jax.vjp(jax.nn.gelu, x.astype(jnp.float32))
-    return (pull(d.astype(jnp.float32))[0].astype(x.dtype),)
+    return (rounded(pull(d.astype(jnp.float32))[0], x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

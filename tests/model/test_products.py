@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from tcc_jax.model.products import gelu, sum_of_outer
+from tcc_jax.model.products import gelu, rounded, sum_of_outer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,6 +24,22 @@ def test_a_sum_of_outer_products_keeps_float32_sums(shape, dtype, devices, monke
     np.testing.assert_allclose(product_KN, expected, rtol=1e-5, atol=1e-5)
     # Where the result is turned again, XLA may move its layout back to the operands.
     np.testing.assert_allclose(jax.jit(lambda a, b: sum_of_outer(a, b).T)(a_PK, b_PN), expected.T, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_is_rounded_to_the_nearest_bfloat16_ties_to_even():
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32)
+    # Ties, and their neighbours; the largest numbers, which round to infinity; the smallest ones.
+    halves = (bits[:1000] & 0xFFFF0000) | 0x8000
+    bits = np.concatenate([bits, halves - 1, halves, halves + 1, [0x7F7FFFFF, 0xFF7FFFFF, 1, 0x80000000, 0x80008001]])
+    numbers = bits.astype(np.uint32).view(np.float32)
+    numbers = np.concatenate([numbers[~np.isnan(numbers)], np.float32([np.inf, -np.inf, np.nan, -np.nan])])
+    found = np.asarray(jax.jit(lambda x: rounded(x, jnp.bfloat16))(numbers))
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found.astype(np.float32), numbers.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(numbers))
+    # What arithmetic makes of numbers that are none.
+    assert np.isnan(jax.jit(lambda x: rounded(x - x, jnp.bfloat16))(np.float32([np.inf, np.nan]))).all()
+    assert rounded(jnp.ones(3), jnp.float32).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
