@@ -104,7 +104,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
-    _, pull = jax.vjp(jax.nn.gelu, x.astype(jnp.float32))
+    # Behind a barrier, or XLA would keep the float32 tanh of the forward pass instead.
+    _, pull = jax.vjp(jax.nn.gelu, jax.lax.optimization_barrier(x).astype(jnp.float32))
     return (rounded(pull(d.astype(jnp.float32))[0], x.dtype),)
 
 
