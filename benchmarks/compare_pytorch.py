@@ -80,12 +80,13 @@ def compare(options: argparse.Namespace) -> None:
     import numpy as np
 
     from benchmarks.compare_generate import ask
-    from tcc_jax.benchmarking.measures import Trainer, mesh_of, train_batches, useful_tokens
+    from tcc_jax.benchmarking.measures import Trainer, train_batches, useful_tokens
     from tcc_jax.benchmarking.records import spread, surroundings
     from tcc_jax.benchmarking.synthetic import synthetic_corpus
     from tcc_jax.config import from_dict
     from tcc_jax.model.decoder import padded_vocabulary_size
     from tcc_jax.training.flops import flops_per_token, peak_flops
+    from tcc_jax.training.sharding import make_mesh
     from tcc_jax.training.state import create_state
     from tcc_jax.training.step import make_train_step
 
@@ -141,7 +142,7 @@ def compare(options: argparse.Namespace) -> None:
             form = {"side": "tcc_jax", "form": f"{objective}, {attention} attention{in_parts(parts)}", "dtype": dtype}
             try:
                 made = config_of(objective, dtype, attention, parts)
-                mesh = mesh_of(made)
+                mesh = make_mesh(made)
                 state = create_state(made, size, None, mesh)
                 trainer = Trainer(state, make_train_step(made, size, mesh), mesh)
                 began = time.perf_counter()

@@ -135,7 +135,8 @@ class TrainingConfig:
     """Most sets packed into one row. With `objective.cut_points`, places that no set takes cost the output layer as
     much as those that are taken: train says how many are."""
     microbatches: int = 1
-    """Parts a batch is taken through one after the other, for one update: less memory, the same mean over the batch."""
+    """Parts a batch is taken through one after the other, on a CPU in pairs, for one update: less memory, the same mean
+    over the batch."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     eval_every: int = 500

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+# Between two lines of progress in a log.
+_LINE_SECONDS = 10.0
 
 
 class Advance(Protocol):
@@ -128,13 +130,12 @@ def log_lines(messages: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None = None, every_seconds: float = 10.0, done: int = 0) -> Iterator[Advance]:
+def progress(label: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
     """Show the progress of a long piece of work on standard error: a bar on a terminal, plain lines in a log.
 
     Args:
         label: what is being done.
         total: units of work, if known.
-        every_seconds: time between two lines where standard error is not a terminal.
         done: units of work already behind us.
 
     Yields:
@@ -153,7 +154,7 @@ def progress(label: str, total: int | None = None, every_seconds: float = 10.0, 
     def advance(count: int, status: str = "") -> None:
         nonlocal done, last
         done += count
-        if time.monotonic() - last >= every_seconds:
+        if time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
             log(f"{label}: {done:,}" + (f" of {total:,}" if total else "") + (f", {status}" if status else ""))
 

@@ -139,7 +139,7 @@ def trained_in(seconds_a_step):
 
 def test_every_step_of_a_trainer_is_taken():
     corpus, config = synthetic_corpus(200, 300), small_config(objective={})
-    mesh = measures.mesh_of(config)
+    mesh = measures.make_mesh(config)
     state = measures.create_state(config, 200, None, mesh)
     trainer = measures.Trainer(state, measures.make_train_step(config, 200, mesh), mesh)
     batches = measures.train_batches(config, corpus, 3)

@@ -86,7 +86,7 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
         in one thread over the time of a step); loss (of the last step); memory_bytes (peak of a device; None where
         it does not tell); parameters.
     """
-    size, mesh = corpus.vocabulary.size, mesh_of(config)
+    size, mesh = corpus.vocabulary.size, make_mesh(config)
     state = create_state(config, size, None, mesh)
     parameters = count_parameters(state.params)
     train = Trainer(state, make_train_step(config, size, mesh), mesh)
@@ -139,7 +139,7 @@ def measure_sample(config: Config, corpus: Corpus, windows: int, steps: int, bat
         batch's size in place of 1.
     """
     alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
-    params = create_state(alone, corpus.vocabulary.size, None, mesh_of(alone)).params
+    params = create_state(alone, corpus.vocabulary.size, None, make_mesh(alone)).params
     model = Model(LoadedCheckpoint({}, config, corpus.vocabulary, params, Path(), 0))
     middle = np.argsort(corpus.lengths, kind="stable")[corpus.num_sets // 2 :][:1]
     # One set of two thousand genes would decide the time of a whole batch.
@@ -162,7 +162,7 @@ def measure_checkpoint(config: Config, corpus: Corpus, windows: int) -> _Results
         pause_seconds (training stands still), save_seconds (until it is sealed, checksums included),
         save_gigabytes_per_second, restore_seconds (from files just written, so mostly from memory), checkpoint_bytes.
     """
-    mesh = mesh_of(config)
+    mesh = make_mesh(config)
     state = _filled(create_state(config, corpus.vocabulary.size, None, mesh))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     pauses, saves = [], []
@@ -210,11 +210,6 @@ class Trainer:
     def loss(self) -> float:
         """Return the loss of the last step, before its update: nats per scored position."""
         return float(self._metrics["loss_sum"] / self._metrics["scored"])
-
-
-def mesh_of(config: Config) -> Mesh:
-    """Return the mesh that training would use."""
-    return make_mesh(config)
 
 
 def train_batches(config: Config, corpus: Corpus, count: int) -> list[Batch]:

@@ -17,8 +17,7 @@ import scipy.linalg
 
 from tcc_jax.completion.fitting import Arrays, cached
 from tcc_jax.completion.ranker import power_of_two
-from tcc_jax.completion.sets import training_sets
-from tcc_jax.corpus.similarity import Sets
+from tcc_jax.corpus.similarity import Sets, training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import PAD
 from tcc_jax.model.products import contract, sum_of_outer

@@ -16,8 +16,7 @@ import scipy.sparse
 
 from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
 from tcc_jax.completion.ranker import Scorer, batched
-from tcc_jax.completion.sets import training_sets
-from tcc_jax.corpus.similarity import Sets, join_sets
+from tcc_jax.corpus.similarity import Sets, join_sets, training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
 from tcc_jax.terminal import UserError, progress

@@ -27,9 +27,9 @@ from tcc_jax.completion.sets import (
     read_sets,
     read_stream,
     split_symbols,
-    training_sets,
 )
 from tcc_jax.corpus.gmt import Problems
+from tcc_jax.corpus.similarity import training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
@@ -38,6 +38,8 @@ from tcc_jax.terminal import Advance, UserError, log, log_lines, one_line, progr
 
 FORMAT_VERSION = 1
 _LISTED = 20
+# Training sets that are named for a proposed gene.
+_SETS_OF_EVIDENCE = 3
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,12 @@ class Evidence:
         by_gene = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.int8)).tocsc()
         self._sets, self._starts = by_gene.indices, by_gene.indptr
 
-    def __call__(self, visible: np.ndarray, proposed: Iterable[int], at_most: int = 3) -> list[list[Neighbour]]:
+    def __call__(self, visible: np.ndarray, proposed: Iterable[int]) -> list[list[Neighbour]]:
         """Return for each proposed gene the training sets that hold it and a visible gene, by falling Jaccard.
 
         Args:
             visible: ids of the visible genes, each once.
             proposed: ids of the proposed genes.
-            at_most: sets for each gene.
         """
         touched = np.concatenate([self._holding(gene) for gene in visible])
         shared = np.bincount(touched, minlength=len(self._train))
@@ -142,7 +143,7 @@ class Evidence:
         for gene in proposed:
             holding = self._holding(gene)
             holding = holding[shared[holding] > 0]
-            best = holding[np.lexsort((holding, -jaccard[holding]))[:at_most]]
+            best = holding[np.lexsort((holding, -jaccard[holding]))[:_SETS_OF_EVIDENCE]]
             evidence.append([self._neighbour(place, int(shared[place]), float(jaccard[place])) for place in best])
         return evidence
 

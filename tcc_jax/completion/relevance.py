@@ -8,8 +8,7 @@ import numpy as np
 import scipy.sparse
 
 from tcc_jax.completion.ranker import batched
-from tcc_jax.completion.sets import training_sets
-from tcc_jax.corpus.similarity import Sets, join_sets
+from tcc_jax.corpus.similarity import Sets, join_sets, training_sets
 from tcc_jax.corpus.store import Corpus
 
 # Chosen on validation sets of the real corpus while their own libraries had no vote (benchmarks/EVAL.md). Power times

@@ -276,14 +276,18 @@ def highest(values_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     rows, size = values_BV.shape
     if size % _BLOCK or 4 * count * _BLOCK > size:
-        return jax.lax.top_k(values_BV, count)
+        return _top(values_BV, count)
     blocks = values_BV.reshape(rows, size // _BLOCK, _BLOCK)
     # In the order of their places again, so that equal values stay in it.
     chosen_BK = jnp.sort(jax.lax.top_k(blocks.max(axis=2), count)[1], axis=1)
     within = jnp.take_along_axis(blocks, chosen_BK[:, :, None], axis=1).reshape(rows, count * _BLOCK)
-    # The barrier keeps XLA's CPU backend from taking what is cut out of the result for a reason to sort the whole row.
-    top_BK, places_BK = jax.lax.optimization_barrier(jax.lax.top_k(within, count))
+    top_BK, places_BK = _top(within, count)
     return top_BK, jnp.take_along_axis(chosen_BK, places_BK // _BLOCK, axis=1) * _BLOCK + places_BK % _BLOCK
+
+
+def _top(values_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # The barrier keeps XLA's CPU backend from taking what is cut out of the result for a reason to sort the whole row.
+    return jax.lax.optimization_barrier(jax.lax.top_k(values_BV, count))
 
 
 def _choose(top_BK: jax.Array, keys_B: jax.Array, warmth: jax.Array) -> jax.Array:

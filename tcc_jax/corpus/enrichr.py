@@ -95,9 +95,9 @@ class _TryAgain(Exception):
     """A fault that may pass: no answer, a cut connection, HTTP 429 or 5xx."""
 
 
-def read_manifest(path: str | Path | None = None) -> list[Library]:
-    """Read the manifest of Enrichr libraries; without a path, the embedded one."""
-    with open(path or embedded("libraries.tsv"), encoding="utf-8", newline="") as file:
+def read_manifest() -> list[Library]:
+    """Read the embedded manifest of Enrichr libraries."""
+    with open(embedded("libraries.tsv"), encoding="utf-8", newline="") as file:
         return [Library(**row) for row in csv.DictReader(file, delimiter="\t")]
 
 

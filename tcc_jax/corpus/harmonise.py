@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class RawSets:
     symbols: list[str]
     names: list[str]
     libraries: list[str]
-    problems: Problems = field(default_factory=Problems)
+    problems: Problems
 
 
 @dataclass

@@ -210,7 +210,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which every set is seen once."""
+        """Steps of one pass over the plan: every set is seen once, unless weights say otherwise."""
         return self.source.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:

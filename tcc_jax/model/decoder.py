@@ -19,8 +19,8 @@ from tcc_jax.config import ModelConfig
 from tcc_jax.model.attention import MASKED, attend, attend_visible, segment_offsets, visible_from
 from tcc_jax.model.products import PRODUCT, contract, gelu, linear
 
-# The special ids of the vocabulary that the model has to know; tests hold them to tcc_jax.corpus.vocabulary.
-PAD, START, END = 0, 1, 2
+# What the model has to know of the special ids; tests hold it to tcc_jax.corpus.vocabulary.
+END = 2
 NUM_SPECIAL = 16
 
 _INIT_SCALE = 0.02

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -39,7 +39,7 @@ _PARTS, _TOLD, _AS_LONG_AS_IT_TAKES = "tcc_jax/parts/", ":", 2**31 - 1
 _numbers = itertools.count()
 
 
-def find_hosts(hosts: HostsConfig, environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
+def find_hosts(hosts: HostsConfig) -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize`, or None for a process that is alone.
 
     Each of coordinator, count and index is taken from the configuration, else from JAX_COORDINATOR_ADDRESS,
@@ -50,9 +50,9 @@ def find_hosts(hosts: HostsConfig, environment: Mapping[str, str] = os.environ) 
         UserError: some of the three are given, the others not, and no cluster is there to tell; or they do not fit.
     """
     given = {
-        "coordinator_address": hosts.coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None,
-        "num_processes": hosts.count or _number(environment, "JAX_NUM_PROCESSES"),
-        "process_id": hosts.index if hosts.index >= 0 else _number(environment, "JAX_PROCESS_ID"),
+        "coordinator_address": hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
+        "num_processes": hosts.count or _number("JAX_NUM_PROCESSES"),
+        "process_id": hosts.index if hosts.index >= 0 else _number("JAX_PROCESS_ID"),
     }
     address, count, index = given.values()
     if count == 1:
@@ -289,8 +289,8 @@ def _end(code: int) -> None:
     os._exit(code)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
     if not text:
         return None
     if not text.isdecimal():

@@ -28,8 +28,8 @@ _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 # autodiff over the whole; an accelerator wants products as large as its memory allows (2 GiB of bfloat16).
 _LOGITS_AT_ONCE = {"cpu": 2**22}
 _LOGITS_AT_ONCE_ELSEWHERE = 2**30
-# Microbatches in one pass of the loop. On a CPU a second one fills the cores that small operations leave idle; on an
-# accelerator it would hold the activations of both.
+# Microbatches in one pass of the loop. On a CPU a second one fills the cores that small operations leave idle; the
+# activations of both may be held at once, for which an accelerator has no memory to spare.
 _MICROBATCHES_AT_ONCE = {"cpu": 2}
 
 
@@ -62,7 +62,8 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
 
         def add(carry: tuple[Any, Batch], key: jax.Array) -> tuple[tuple[Any, Batch], None]:
             sums, parts = carry
-            # The first is always the next: an index would be looked up for every score of attention, on a CPU.
+            # The next part is always the first of them. With an index in its place, XLA on a CPU looks a segment up by
+            # that index again for every score of attention.
             part = {name: array[0] for name, array in parts.items()}
             parts = {name: jnp.roll(array, -1, axis=0) for name, array in parts.items()}
             return (jax.tree.map(jnp.add, sums, loss_and_gradient(params, part, key)), parts), None
@@ -71,7 +72,7 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
         sums = (zero, zero, jax.tree.map(jnp.zeros_like, params))
         at_once = _MICROBATCHES_AT_ONCE.get(mesh.devices.flat[0].platform, 1)
         keys = jax.random.split(key, microbatches)
-        return jax.lax.scan(add, (sums, parts), keys, unroll=min(at_once, microbatches))[0][0]
+        return jax.lax.scan(add, (sums, parts), keys, unroll=at_once)[0][0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(_stream(config, _TRAIN_STREAM), state.step)

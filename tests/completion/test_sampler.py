@@ -236,6 +236,16 @@ def test_highest_equals_top_k_with_ties_and_infinities(shape, count):
         np.testing.assert_array_equal(one, expected)
 
 
+@pytest.mark.parametrize("size", [5_120, 11_008])
+def test_no_row_is_sorted_whole_for_its_highest_values(size):
+    def draw(values_BV):
+        values_BK, places_BK = highest(values_BV, 50)
+        return values_BK[:, 0], jnp.take_along_axis(places_BK, jnp.argmax(values_BK, axis=1)[:, None], axis=1)
+
+    program = jax.jit(draw).lower(jax.ShapeDtypeStruct((4, size), jnp.float32)).compile().as_text()
+    assert not [line for line in program.splitlines() if " sort(" in line and f"[4,{size}]" in line]
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}])
 def test_settings_that_cannot_be_used(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

@@ -11,9 +11,9 @@ from tcc_jax.completion.sets import (
     choose_sets,
     read_background,
     read_sets,
-    training_sets,
 )
 from tcc_jax.corpus.gmt import Problems
+from tcc_jax.corpus.similarity import training_sets
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError

@@ -104,12 +104,14 @@ def test_how_a_step_is_computed_does_not_change_it(sections):
     assert_same_numbers(take_steps(small_config(model=model, **sections), 2), expected)
 
 
-@pytest.mark.parametrize("data", [1, 2])
-def test_microbatches_take_the_mean_over_the_whole_batch(data):
+@pytest.mark.parametrize(
+    ("parts", "mesh"), [(2, {}), (4, {}), (8, {}), (4, {"data": 2}), (4, {"fsdp": 2, "tensor": 2})], ids=str
+)
+def test_microbatches_take_the_mean_over_the_whole_batch(parts, mesh):
     # Without randomness: each part draws its own. Rows hold different numbers of scored positions.
-    plain = {"model": {"dropout": 0.0}, "objective": {"cut_points": 0}}
+    plain = {"model": {"dropout": 0.0, "num_heads": 2}, "objective": {"cut_points": 0}}
     expected = take_steps(small_config(**plain), 3)
-    config = small_config(**plain, training={"microbatches": 4}, mesh={"data": data})
+    config = small_config(**plain, training={"microbatches": parts}, mesh={"data": 1} | mesh)
     assert_same_numbers(take_steps(config, 3), expected)
 
 
