@@ -66,7 +66,7 @@ class RelevanceModel:
         """Return one line with the settings."""
         return (
             f"relevance: the {_NEAREST:,} training sets of highest query likelihood, a vote for each visible gene, "
-            f"pooled over {len(self.names):,} libraries"
+            f"pooled over {len(self.names):,} librar{'y' if len(self.names) == 1 else 'ies'}"
         )
 
     def likelihoods(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
