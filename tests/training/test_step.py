@@ -115,6 +115,20 @@ def test_microbatches_take_the_mean_over_the_whole_batch(parts, mesh):
     assert_same_numbers(take_steps(config, 3), expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_each_microbatch_draws_its_own_randomness(dropout):
+    # The same two rows in every part: without dropout all parts have one loss, and any number of them has its mean.
+    rows = random_rows(0, 2, 32, SIZE)
+    means = []
+    for parts in (2, 4):
+        model, objective = {"dropout": dropout}, {"cut_points": 0}
+        config = small_config(model=model, objective=objective, training={"microbatches": parts}, mesh={"data": 1})
+        # A part takes every second, or fourth, row.
+        _, (metrics,) = take_steps(config, 1, [row for row in rows for _ in range(parts)])
+        means.append(metrics["loss_sum"] / metrics["scored"])
+    assert (abs(means[0] - means[1]) > 1e-5 * means[0]) == (dropout > 0)
+
+
 def test_the_average_follows_the_parameters():
     config = small_config(optimizer={"ema_decay": 0.5})
     mesh = make_mesh(config)
