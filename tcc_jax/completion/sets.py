@@ -179,7 +179,7 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
 def best_training_jaccard(
     corpus: Corpus, sets: Sequence[KnownSet], advance: Callable[[int], None] = lambda count: None
 ) -> np.ndarray:
-    """Return [sets] float32: the largest Jaccard of each set to a training set; genes outside count in the union.
+    """Return [sets] float64: the largest Jaccard of each set to a training set; genes outside count in the union.
 
     Args:
         corpus: the prepared corpus.
@@ -190,7 +190,8 @@ def best_training_jaccard(
     # Genes that no training set can hold get numbers past the vocabulary.
     queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
     num_genes = size + max((one.outside for one in sets), default=0)
-    return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
+    best, _ = nearest(queries, training_sets(corpus), num_genes, 1.0, advance)
+    return best
 
 
 def split_symbols(text: str) -> list[str]:
