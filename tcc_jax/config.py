@@ -405,13 +405,25 @@ def parse_command_line(arguments: list[str], command: str = "train") -> Config:
         UserError: no TOML file, or a wrong key, type or value in it or on the command line; the message names it.
     """
     program = f"python -m tcc_jax.{command} CONFIG.toml"
-    asks_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    if not asks_for_help and (not arguments or arguments[0].startswith("-")):
-        raise UserError(f"the first argument must be the TOML file of a run: {program} [--section.field value]")
-    config = Config() if asks_for_help else read_toml(arguments[0], check=False)
-    source = arguments[0] if len(arguments) == 1 else f"{arguments[0]} and the command line"
-    overrides = [_long_name(argument) for argument in (arguments if asks_for_help else arguments[1:])]
+    config, overrides = toml_first(arguments, f"{program} [--section.field value]")
+    source = f"{arguments[0]} and the command line" if overrides else arguments[0]
+    overrides = [_long_name(argument) for argument in overrides]
     return validate(parse_arguments(Config, overrides, default=config, prog=program), source)
+
+
+def toml_first(arguments: list[str], usage: str) -> tuple[Config, list[str]]:
+    """Return the configuration, not checked, in the TOML file that a command line begins with, and what follows it.
+
+    One that begins with `--help` gives the defaults and is returned whole.
+
+    Raises:
+        UserError: no TOML file comes first (`usage` is shown), or as `read_toml`.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        return Config(), arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"the first argument must be the TOML file of a run: {usage}")
+    return read_toml(arguments[0], check=False), arguments[1:]
 
 
 def _long_name(argument: str) -> str:
