@@ -50,11 +50,11 @@ def main() -> None:
     if sys.argv[1:] == ["--serve"]:
         serve()
         return
-    from tcc_jax.terminal import run_command
+    from tcc_jax.terminal import command
 
     # JAX ranks and tests alone: on a GPU the rest is PyTorch's.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")
-    run_command(_speedrun)
+    command(_speedrun)()
 
 
 def _speedrun() -> None:

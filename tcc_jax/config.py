@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import sys
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -464,8 +463,6 @@ def _check_type(key: str, value: Any, expected: Any, source: str) -> None:
                 f"{source}: {key} = {value!r}: must be one of {', '.join(choices)}; the nearest is {nearest[0]}"
             )
         return
-    if isinstance(expected, types.UnionType):
-        raise TypeError(f"{key}: unions are not supported in configurations")
     if typing.get_origin(expected) is dict:
         if not isinstance(value, dict):
             raise UserError(f"{source}: {key} = {value!r}: must be a table, such as {{KEGG = 2.0}}")
