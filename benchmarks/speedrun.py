@@ -22,7 +22,7 @@ import jax
 import tyro
 
 import tcc_jax
-from tcc_jax.completion.evaluation import run_method
+from tcc_jax.completion.metrics import run_method
 from tcc_jax.completion.protocol import DrawnCounts, genes_of, mask_last_genes, read_drawn_counts
 from tcc_jax.completion.ranker import Scorer
 from tcc_jax.completion.sets import GeneFinder, KnownSet, read_sets

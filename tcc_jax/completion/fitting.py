@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tcc_jax.completion.evaluation import rank_keys, recall_among
+from tcc_jax.completion.metrics import rank_keys, recall_among
 from tcc_jax.completion.protocol import MaskedSet, genes_of, mask_sets
 from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.store import Corpus

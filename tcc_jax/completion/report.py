@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcc_jax.completion.evaluation import Outcome, bootstrap, compare, mean
+from tcc_jax.completion.metrics import Outcome, bootstrap, compare, mean
 from tcc_jax.completion.plots import Plot, can_plot, draw_plots
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.gmt import GeneSet, write_gmt
@@ -117,7 +117,7 @@ class Report:
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
-        """The model, and the mixture, against each other method, as `evaluation.compare`."""
+        """The model, and the mixture, against each other method, as `metrics.compare`."""
         model, *others = self.outcomes
         pairs = [(model, other) for other in others]
         pairs += [(one, other) for one in others if one.method == "mixture" for other in others if other is not one]
