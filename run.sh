@@ -41,8 +41,8 @@ set_up() {
 ask() {
   .venv/bin/python -c 'import sys
 from tcc_jax.config import read_toml
-from tcc_jax.terminal import run_command
-run_command(lambda: print(getattr(getattr(read_toml(sys.argv[1]), sys.argv[2]), sys.argv[3])))' "$@"
+from tcc_jax.terminal import command
+command(lambda: print(getattr(getattr(read_toml(sys.argv[1]), sys.argv[2]), sys.argv[3])))()' "$@"
 }
 
 run() {

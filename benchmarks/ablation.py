@@ -21,8 +21,8 @@ import numpy as np
 
 import tcc_jax
 from tcc_jax.completion.baselines import SetNeighbours, popularity
-from tcc_jax.completion.evaluation import bootstrap
 from tcc_jax.completion.fitting import recall_of_each, validation_masks
+from tcc_jax.completion.metrics import bootstrap
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.store import open_corpus
 

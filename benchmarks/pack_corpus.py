@@ -20,7 +20,7 @@ import numpy as np
 
 from tcc_jax.corpus.store import Corpus, description_hash, open_corpus
 from tcc_jax.files import atomic_folder, sha256
-from tcc_jax.terminal import UserError, log, run_command
+from tcc_jax.terminal import UserError, command, log
 
 MAGIC = b"tcc_jax packed corpus 1\n"
 # Texts of a corpus that are packed as they are; sets.tsv and genes.tsv are small beside the tokens.
@@ -106,6 +106,7 @@ def _running_sums(differences: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return sums - np.repeat(before, np.diff(offsets))
 
 
+@command
 def main() -> None:
     """Run the command."""
     arguments = sys.argv[1:]
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -22,7 +22,7 @@ import jax
 import tyro
 
 import tcc_jax
-from tcc_jax.completion.evaluation import run_method
+from tcc_jax.completion.metrics import run_method
 from tcc_jax.completion.protocol import DrawnCounts, genes_of, mask_last_genes, read_drawn_counts
 from tcc_jax.completion.ranker import Scorer
 from tcc_jax.completion.sets import GeneFinder, KnownSet, read_sets
@@ -31,7 +31,7 @@ from tcc_jax.corpus.gmt import Problems
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.terminal import parse_arguments, run_command
+from tcc_jax.terminal import command, parse_arguments
 from tcc_jax.training.checkpoint import packages
 from tcc_jax.training.flops import flops_per_token
 
@@ -58,12 +58,9 @@ class Options:
     """Significant sets to pass, with as many genes drawn as hidden."""
 
 
+@command
 def main() -> None:
     """Run the command."""
-    run_command(_speedrun)
-
-
-def _speedrun() -> None:
     options = parse_arguments(Options, prog="python -m benchmarks.speedrun")
     config = read_toml(options.config)
     directory = Path(config.run.directory)

@@ -50,11 +50,11 @@ def main() -> None:
     if sys.argv[1:] == ["--serve"]:
         serve()
         return
-    from tcc_jax.terminal import run_command
+    from tcc_jax.terminal import command
 
     # JAX ranks and tests alone: on a GPU the rest is PyTorch's.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")
-    run_command(_speedrun)
+    command(_speedrun)()
 
 
 def _speedrun() -> None:
@@ -63,7 +63,7 @@ def _speedrun() -> None:
     from benchmarks.compare_generate import ask
     from benchmarks.speedrun import Options, first_points, measure, read_reference, table
     from tcc_jax.config import read_toml
-    from tcc_jax.corpus.loader import loader_of_run
+    from tcc_jax.corpus.loader import BatchSource
     from tcc_jax.corpus.store import open_corpus
     from tcc_jax.model.decoder import padded_vocabulary_size
     from tcc_jax.terminal import UserError, parse_arguments
@@ -86,8 +86,8 @@ def _speedrun() -> None:
     corpus = open_corpus(config.data.corpus)
     size, steps = corpus.vocabulary.size, config.training.steps
     sets, counts = read_reference(options, corpus.vocabulary)
-    loader = loader_of_run(config, corpus, "train")
-    batches = iter(loader)
+    source = BatchSource(config, corpus, "train")
+    batches = source.batches()
     began = time.perf_counter()
     server = subprocess.Popen(
         [options.torch_python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -132,7 +132,7 @@ def _speedrun() -> None:
             rates = [float(learning_rate(optimizer, steps, step)) for step in range(start, stop)]
             answer = ask(server, {"train": rates})
             seconds += answer["seconds"]
-            seen = round(stop / loader.steps_per_epoch * len(corpus.indices("train")))
+            seen = round(stop / source.steps_per_epoch * len(corpus.indices("train")))
             point = {"step": stop, "seconds": round(seconds, 2), "sets": seen, "loss": answer["loss"]}
             point["flops"] = tokens * flops_per_token(config, size)
             points.append(point | measure(score, sets, counts, size))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tcc_jax.config import Config, read_toml, validate
+from tcc_jax.config import Config, toml_first, validate
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, command, log, parse_arguments, table
 
@@ -73,12 +73,7 @@ def main() -> None:
 
 def _parse(arguments: list[str]) -> Options:
     program = "python -m tcc_jax.aot CONFIG.toml"
-    if arguments and not arguments[0].startswith("-"):
-        config, arguments = read_toml(arguments[0], check=False), arguments[1:]
-    elif arguments and arguments[0] in ("-h", "--help"):
-        config = Config()
-    else:
-        raise UserError(f"the first argument must be the TOML file of a run: {program} --topology v5e:2x4")
+    config, arguments = toml_first(arguments, f"{program} --topology v5e:2x4")
     options = parse_arguments(Options, arguments, default=Options(tyro.MISSING, config=config), prog=program)
     if options.vocabulary_size and not 32 <= options.vocabulary_size <= 2**24:
         raise UserError(f"--vocabulary-size {options.vocabulary_size}: must lie between 32 and {2**24:,}")

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import sys
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -405,13 +404,25 @@ def parse_command_line(arguments: list[str], command: str = "train") -> Config:
         UserError: no TOML file, or a wrong key, type or value in it or on the command line; the message names it.
     """
     program = f"python -m tcc_jax.{command} CONFIG.toml"
-    asks_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    if not asks_for_help and (not arguments or arguments[0].startswith("-")):
-        raise UserError(f"the first argument must be the TOML file of a run: {program} [--section.field value]")
-    config = Config() if asks_for_help else read_toml(arguments[0], check=False)
-    source = arguments[0] if len(arguments) == 1 else f"{arguments[0]} and the command line"
-    overrides = [_long_name(argument) for argument in (arguments if asks_for_help else arguments[1:])]
+    config, overrides = toml_first(arguments, f"{program} [--section.field value]")
+    source = f"{arguments[0]} and the command line" if overrides else arguments[0]
+    overrides = [_long_name(argument) for argument in overrides]
     return validate(parse_arguments(Config, overrides, default=config, prog=program), source)
+
+
+def toml_first(arguments: list[str], usage: str) -> tuple[Config, list[str]]:
+    """Return the configuration, not checked, in the TOML file that a command line begins with, and what follows it.
+
+    One that begins with `--help` gives the defaults and is returned whole.
+
+    Raises:
+        UserError: no TOML file comes first (`usage` is shown), or as `read_toml`.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        return Config(), arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"the first argument must be the TOML file of a run: {usage}")
+    return read_toml(arguments[0], check=False), arguments[1:]
 
 
 def _long_name(argument: str) -> str:
@@ -452,8 +463,6 @@ def _check_type(key: str, value: Any, expected: Any, source: str) -> None:
                 f"{source}: {key} = {value!r}: must be one of {', '.join(choices)}; the nearest is {nearest[0]}"
             )
         return
-    if isinstance(expected, types.UnionType):
-        raise TypeError(f"{key}: unions are not supported in configurations")
     if typing.get_origin(expected) is dict:
         if not isinstance(value, dict):
             raise UserError(f"{source}: {key} = {value!r}: must be a table, such as {{KEGG = 2.0}}")

@@ -99,32 +99,6 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Write a file so that it appears whole or not at all.
-
-    Args:
-        path: the file; one that is there is replaced.
-
-    Yields:
-        A path beside it to write to, moved into place in one rename when the block ends.
-
-    Raises:
-        OSError: it cannot be written; its `filename` is `path`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename == str(temporary):
-            error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _move_into_place(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)

@@ -159,13 +159,41 @@ def write_object(path: Path, content: bytes) -> None:
         raise OSError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
-def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a file in one rename, or one object of a bucket.
+@contextlib.contextmanager
+def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
+    """Write a file of this machine so that it appears whole or not at all.
 
     Args:
-        path: the file.
-        text: its content.
+        path: the file; one that is there is replaced.
         durable: put it on the disk before it takes the place of the old one, and its name before this returns.
+
+    Yields:
+        A path beside it to write to, moved into place in one rename when the block ends.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            put_on_disk(temporary)
+        os.replace(temporary, path)
+        if durable:
+            put_on_disk(path.parent)
+    except OSError as error:
+        # A full disk is reported without a name; an error without a number has words of its own.
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file as `atomic_file` does, or one object of a bucket.
 
     Raises:
         OSError: it cannot be written; the file is named.
@@ -173,19 +201,8 @@ def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
     if is_remote(path):
         write_object(path, text.encode())
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        if durable:
-            put_on_disk(temporary)
-        os.replace(temporary, path)
-        if durable:
-            put_on_disk(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # A full disk is reported without a name.
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def put_on_disk(*paths: Path) -> None:

@@ -30,34 +30,34 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the file, field or gene and says what to do. Exits with 2."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's body; a user's mistake prints one line on standard error and exits with 2, no traceback.
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a command's `main`: a user's mistake prints one line on standard error and exits with 2, no traceback.
 
     SIGTERM and SIGHUP, as SIGINT does, unwind the command, so that nothing half-written stays behind.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored: leave it so
-            signal.signal(number, _leave)
-    try:
-        main()
-    except UserError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        # Whoever read our output has enough of it; the interpreter must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    except OSError as error:
-        # Unwritable, full or missing places: the system's own words, with the file they are about.
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
+    @functools.wraps(main)
+    def run() -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored: leave it so
+                signal.signal(number, _leave)
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+        except BrokenPipeError:
+            # Whoever read our output has enough of it; the interpreter must not complain at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        except OSError as error:
+            # Unwritable, full or missing places: the system's own words, with the file they are about.
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate the `main` of a command: it runs as `run_command` says."""
-    return functools.wraps(main)(lambda: run_command(main))
+    return run
 
 
 def _leave(number: int, frame: object) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.pack_corpus import MAGIC, pack, unpack
 from tcc_jax.config import from_dict
-from tcc_jax.corpus.loader import loader_of_run
+from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
 from tests.training.corpora import write_small_corpus
@@ -33,7 +33,7 @@ def test_the_same_sets_come_back(packed, tmp_path):
     for index in range(corpus.num_sets):
         np.testing.assert_array_equal(again.genes(index), np.sort(corpus.genes(index)))
     config = from_dict({"training": {"row_length": 32, "batch_rows": 4, "segments_per_row": 4}})
-    batch, expected = (next(iter(loader_of_run(config, one, "train"))) for one in (again, corpus))
+    batch, expected = (BatchSource(config, one, "train")[0] for one in (again, corpus))
     np.testing.assert_array_equal(batch["segments"], expected["segments"])
 
 

@@ -22,7 +22,7 @@ from tcc_jax.benchmarking.records import spread
 from tcc_jax.completion.model import Model
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.config import Config, MeshConfig
-from tcc_jax.corpus.loader import Batch, loader_of_run
+from tcc_jax.corpus.loader import Batch, BatchSource
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import count_parameters
 from tcc_jax.terminal import UserError
@@ -53,9 +53,9 @@ def measure_data(config: Config, corpus: Corpus, windows: int, steps: int) -> _R
         that are not padding, over an epoch) and rows_per_epoch.
     """
     began = time.perf_counter()
-    loader = loader_of_run(config, corpus, "train")
+    source = BatchSource(config, corpus, "train")
     planning_seconds = time.perf_counter() - began
-    batches = iter(loader)
+    batches = source.batches()
     # Past what is read ahead while nobody takes it.
     for _ in range(max(_WARM_UP, 16)):
         next(batches)
@@ -72,8 +72,8 @@ def measure_data(config: Config, corpus: Corpus, windows: int, steps: int) -> _R
         "useful_tokens_per_second": spread([rate for rate, _ in rates]),
         "sets_per_second": spread([rate for _, rate in rates]),
         "planning_seconds": planning_seconds,
-        "fill": loader.source.plan.fullness,
-        "rows_per_epoch": loader.source.plan.num_rows,
+        "fill": source.plan.fullness,
+        "rows_per_epoch": source.plan.num_rows,
     }
 
 
@@ -214,7 +214,7 @@ class Trainer:
 
 def train_batches(config: Config, corpus: Corpus, count: int) -> list[Batch]:
     """Return the first `count` batches of a run."""
-    source = loader_of_run(config, corpus, "train").source
+    source = BatchSource(config, corpus, "train")
     return [source[step] for step in range(count)]
 
 

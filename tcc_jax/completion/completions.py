@@ -33,7 +33,8 @@ from tcc_jax.corpus.similarity import training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.files import atomic_file, cache_folder
+from tcc_jax.files import cache_folder
+from tcc_jax.storage import atomic_file
 from tcc_jax.terminal import Advance, UserError, log, log_lines, one_line, progress, table
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from tcc_jax.completion import baselines
 from tcc_jax.completion.autoencoder import Autoencoder
-from tcc_jax.completion.evaluation import Outcome, run_method
+from tcc_jax.completion.metrics import Outcome, run_method
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import Model, load
 from tcc_jax.completion.options import EvaluateOptions

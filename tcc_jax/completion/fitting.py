@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tcc_jax.completion.evaluation import rank_keys, recall_among
+from tcc_jax.completion.metrics import rank_keys, recall_among
 from tcc_jax.completion.protocol import MaskedSet, genes_of, mask_sets
 from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.store import Corpus
-from tcc_jax.files import atomic_file
+from tcc_jax.storage import atomic_file
 from tcc_jax.terminal import log
 
 Arrays = dict[str, np.ndarray]

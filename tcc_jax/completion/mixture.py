@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,12 +58,15 @@ def tuned_mixture(model: Model, retrieval: RelevanceModel, corpus: Corpus, folde
     no vote then, unless most training sets are of it: the sets that people complete come from no library of the corpus,
     and among relatives in their own library retrieval gets a weight that does not hold elsewhere. For sets of known
     libraries, such as those of a random test split, the weight is therefore too low. The choice is kept in `folder`, by
-    the corpus hash, the model's parameters and the settings of retrieval. Without a validation set the model stays
+    the corpus hash, the model's recorded digest and the settings of retrieval. Without a validation set the model stays
     alone.
     """
+    checkpoint = model.checkpoint
+    # An export has the one of its arrays, a checkpoint that of all it holds.
+    digest = checkpoint.meta.get("arrays_sha256") or checkpoint.meta["record_sha256"]
     settings = {
-        "version": 4, "corpus": corpus.hash, "model": _identity(model), "weights": WEIGHTS, "sets": TUNING_SETS,
-        "relevance": retrieval.settings,
+        "version": 5, "corpus": corpus.hash, "model": [asdict(checkpoint.config.model), digest], "weights": WEIGHTS,
+        "sets": TUNING_SETS, "relevance": retrieval.settings,
     }  # fmt: skip
     chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, retrieval, corpus))
     return Mixture(model.score, retrieval, float(chosen["weight"]))
@@ -115,10 +116,3 @@ def _over_candidates(
 @jax.jit
 def _mix(log_p_BV: jax.Array, share_BV: jax.Array, weight: float) -> jax.Array:
     return jnp.logaddexp(jnp.log1p(-weight) + log_p_BV, jnp.log(weight * share_BV))
-
-
-def _identity(model: Model) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(model.checkpoint.config.model), sort_keys=True).encode())
-    for leaf in jax.tree.leaves(model.checkpoint.params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

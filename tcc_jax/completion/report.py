@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcc_jax.completion.evaluation import Outcome, bootstrap, compare, mean
+from tcc_jax.completion.metrics import Outcome, bootstrap, compare, mean
 from tcc_jax.completion.plots import Plot, can_plot, draw_plots
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.gmt import GeneSet, write_gmt
+from tcc_jax.corpus.similarity import LEAK_LEVELS, leak_counts
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.terminal import cell, log, one_line, table
 
 FORMAT_VERSION = 3
-LEAK_LEVELS = (0.3, 0.5, 0.9)
 FAR = 0.1
 _SIZES = (10, 20, 50, 100, 200)
 _LIBRARIES_SHOWN = 12
@@ -61,7 +61,7 @@ class Report:
         trials: for each seed the sets that were completed, in the order of the outcomes' arrays.
         alpha: level of significance.
         seed: of the bootstrap.
-        best_jaccard_N: [N] float32, each set's largest Jaccard to a training set; None without the corpus.
+        best_jaccard_N: [N] float64, each set's largest Jaccard to a training set; None without the corpus.
         left_out: baselines that were not run, each with the reason.
         curves: for `sweep` and `noise`, the share and the outcomes of each point.
         notes: what a reader must know to read the numbers, one sentence each.
@@ -117,7 +117,7 @@ class Report:
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
-        """The model, and the mixture, against each other method, as `evaluation.compare`."""
+        """The model, and the mixture, against each other method, as `metrics.compare`."""
         model, *others = self.outcomes
         pairs = [(model, other) for other in others]
         pairs += [(one, other) for one in others if one.method == "mixture" for other in others if other is not one]
@@ -126,10 +126,7 @@ class Report:
     @functools.cached_property
     def leaks(self) -> dict[str, Any] | None:
         """How many sets have a training set at a Jaccard of 0.3, 0.5 and 0.9; None without the corpus."""
-        if self.best_jaccard_N is None:
-            return None
-        levels = {f"{level:g}": int((self.best_jaccard_N >= np.float32(level)).sum()) for level in LEAK_LEVELS}
-        return {"sets": len(self.sets), "with_training_set_at_jaccard": levels}
+        return None if self.best_jaccard_N is None else leak_counts(self.best_jaccard_N)
 
     @functools.cached_property
     def subsets(self) -> dict[str, list[dict[str, Any]]]:

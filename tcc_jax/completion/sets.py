@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt
+from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt, read_lines
 from tcc_jax.corpus.similarity import join_sets, nearest, training_sets
 from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.symbols import Resolution, SymbolTable
@@ -112,32 +111,28 @@ def read_sets(
             yield finder.known_set(gene_set.name, library or library_name(path), gene_set.genes)
 
 
-def read_stream(stream: IO[bytes], finder: GeneFinder, problems: Problems) -> Iterator[KnownSet]:
-    """Read standard input to its end: GMT where the first line that is not blank holds a tab, else symbols of one set.
+def read_stream(stream: Iterator[bytes], finder: GeneFinder, problems: Problems) -> Iterator[KnownSet]:
+    """Read standard input: GMT where the first line that is not blank holds a tab, else symbols of one set.
+
+    GMT is read line by line, as it comes.
 
     Raises:
         UserError: nothing in it, or no usable line.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        # Kept on disk, so that a stream of any size is read like any other GMT file.
-        path = Path(folder) / "stdin.gmt"
-        with open(path, "wb") as copy:
-            shutil.copyfileobj(stream, copy)
-        with open(path, "rb") as lines:
-            first = next((line for line in lines if line.strip()), b"")
-        if not first:
-            raise UserError("standard input is empty; give GMT lines, or one gene a line")
-        if b"\t" not in first.strip():
-            text = path.read_bytes().decode("utf-8-sig", errors="replace")
-            yield finder.known_set("standard input", "", split_symbols(text))
-            return
-        try:
-            yield from read_sets([path], finder, problems)
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), "standard input")) from None
-        finally:
-            for places in problems.examples.values():
-                places[:] = [place.replace(str(path), "standard input") for place in places]
+    head: list[bytes] = []
+    for line in stream:
+        head.append(line)
+        if line.strip():
+            break
+    else:
+        raise UserError("standard input is empty; give GMT lines, or one gene a line")
+    lines = itertools.chain(head, stream)
+    if b"\t" not in line.strip():
+        text = b"".join(lines).decode("utf-8-sig", errors="replace")
+        yield finder.known_set("standard input", "", split_symbols(text))
+        return
+    for gene_set in read_lines(lines, "standard input", problems):
+        yield finder.known_set(gene_set.name, "standard input", gene_set.genes)
 
 
 def sets_from_corpus(corpus: Corpus, split: Split) -> list[KnownSet]:
@@ -184,7 +179,7 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
 def best_training_jaccard(
     corpus: Corpus, sets: Sequence[KnownSet], advance: Callable[[int], None] = lambda count: None
 ) -> np.ndarray:
-    """Return [sets] float32: the largest Jaccard of each set to a training set; genes outside count in the union.
+    """Return [sets] float64: the largest Jaccard of each set to a training set; genes outside count in the union.
 
     Args:
         corpus: the prepared corpus.
@@ -195,7 +190,8 @@ def best_training_jaccard(
     # Genes that no training set can hold get numbers past the vocabulary.
     queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
     num_genes = size + max((one.outside for one in sets), default=0)
-    return nearest(queries, training_sets(corpus), num_genes, 1.0, advance).query
+    best, _ = nearest(queries, training_sets(corpus), num_genes, 1.0, advance)
+    return best
 
 
 def split_symbols(text: str) -> list[str]:

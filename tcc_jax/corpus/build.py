@@ -13,7 +13,7 @@ import numpy as np
 
 from tcc_jax.corpus.gmt import find_gmt_files
 from tcc_jax.corpus.harmonise import MappedSets, map_sets, read_sets, report_lines
-from tcc_jax.corpus.similarity import Sets, near_duplicate_clusters, nearest, num_bands
+from tcc_jax.corpus.similarity import Sets, leak_counts, near_duplicate_clusters, nearest, num_bands
 from tcc_jax.corpus.store import SPLITS, Corpus
 from tcc_jax.corpus.symbols import EMBEDDED_TABLE, SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, SPECIAL_SYMBOLS, Vocabulary
@@ -24,7 +24,6 @@ from tcc_jax.terminal import UserError, log, log_lines, progress
 # pairs. The exact comparison with validation and test that follows keeps the promise at any limit.
 _CLUSTER_JACCARD = 0.5
 _LARGEST_CLUSTER = 0.005
-_LEAK_LEVELS = (0.3, 0.5, 0.9)
 TRAIN, VALIDATION, TEST = range(3)
 
 
@@ -261,7 +260,8 @@ def _read_holdout(options: BuildOptions, table: SymbolTable, genes: list[str]) -
 def _hold_out(builder: _Builder, held_out: Sets, num_genes: int, limit: float) -> None:
     size = max(num_genes, int(held_out.tokens.max(initial=0)) + 1)
     with progress("comparing with the held-out sets", total=len(held_out)) as advance:
-        builder.select(~nearest(held_out, builder.sets, size, limit, advance).target_over)
+        _, near = nearest(held_out, builder.sets, size, limit, advance)
+    builder.select(~near)
 
 
 def _cluster(sets: Sets, num_genes: int, options: BuildOptions) -> tuple[np.ndarray, dict[str, int]]:
@@ -337,17 +337,16 @@ def _drop_leaks(
             targets = np.isin(splits, others) & kept
             queries = sets.select((splits == held) & kept)
             with progress(f"comparing the {SPLITS[held]} sets", total=len(queries)) as advance:
-                found = nearest(queries, sets.select(targets), num_genes, options.split_jaccard, advance)
-            kept[np.flatnonzero(targets)[found.target_over]] = False
+                _, near = nearest(queries, sets.select(targets), num_genes, options.split_jaccard, advance)
+            kept[np.flatnonzero(targets)[near]] = False
     return kept, _leaks(sets.select(splits == TEST), sets.select((splits == TRAIN) & kept), num_genes)
 
 
 def _leaks(queries: Sets, training: Sets, num_genes: int) -> dict[str, Any]:
     size = max(num_genes, int(queries.tokens.max(initial=0)) + 1)
     with progress("leak report", total=len(queries)) as advance:
-        best = nearest(queries, training, size, 1.0, advance).query
-    levels = {f"{level:g}": int(np.count_nonzero(best >= level)) for level in _LEAK_LEVELS}
-    return {"sets": len(queries), "with_training_set_at_jaccard": levels}
+        best, _ = nearest(queries, training, size, 1.0, advance)
+    return leak_counts(best)
 
 
 def _vocabulary(sets: Sets, splits: np.ndarray, genes: list[str], table: SymbolTable) -> tuple[Vocabulary, np.ndarray]:

@@ -28,7 +28,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from tcc_jax import __version__
-from tcc_jax.files import atomic_file, embedded, sha256
+from tcc_jax.files import embedded, sha256
+from tcc_jax.storage import replace_text
 from tcc_jax.terminal import UserError, log, progress
 
 ENRICHR_URL = "https://maayanlab.cloud/Enrichr"
@@ -333,5 +334,4 @@ def _read_record(path: Path) -> dict[str, dict[str, Any]]:
 
 def _write_record(path: Path, record: dict[str, dict[str, Any]]) -> None:
     content = {"format_version": RECORD_VERSION, "files": dict(sorted(record.items()))}
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1) + "\n", durable=False)

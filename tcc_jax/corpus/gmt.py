@@ -105,37 +105,46 @@ def _library(path: Path) -> str | None:
 
 
 def read_gmt(path: str | Path, problems: Problems | None = None) -> Iterator[GeneSet]:
-    """Read a GMT file line by line: plain, .gz or .xz.
-
-    Args:
-        path: the file.
-        problems: where malformed lines, repeated genes and Latin-1 lines are counted; nothing of them is silent.
-
-    Yields:
-        One `GeneSet` a usable line, in file order. Weights are taken off, repeated genes kept once.
+    """Read a GMT file, plain, .gz or .xz, as `read_lines` does.
 
     Raises:
         UserError: no such file, a binary or damaged file, or no usable set in it.
     """
-    problems = Problems() if problems is None else problems
     library_name(path)
-    usable = 0
     try:
         with open_binary(path) as file:
-            for number, line in _lines(file, path, problems):
-                gene_set = _parse(line, f"{path}:{number}", problems)
-                if gene_set is not None:
-                    usable += 1
-                    yield gene_set
+            yield from read_lines(file, str(path), problems or Problems())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not really compressed ({error}); get the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
+
+
+def read_lines(lines: Iterable[bytes], source: str, problems: Problems) -> Iterator[GeneSet]:
+    """Read the lines of a GMT file one by one.
+
+    Args:
+        lines: the lines, from the first on.
+        source: where they come from, for messages.
+        problems: where malformed lines, repeated genes and Latin-1 lines are counted; nothing of them is silent.
+
+    Yields:
+        One `GeneSet` a usable line, in file order. Weights are taken off, repeated genes kept once.
+
+    Raises:
+        UserError: a binary file, or no usable set in it.
+    """
+    usable = 0
+    for number, line in _decoded(lines, source, problems):
+        gene_set = _parse(line, f"{source}:{number}", problems)
+        if gene_set is not None:
+            usable += 1
+            yield gene_set
     if not usable:
         first = f" ({problems.lines()[0]})" if problems.counts else ""
-        raise UserError(f"{path}: no usable gene set{first}; expected tab-separated name, description, genes")
+        raise UserError(f"{source}: no usable gene set{first}; expected tab-separated name, description, genes")
 
 
 def write_gmt(file: IO[str], sets: Iterable[GeneSet]) -> None:
@@ -146,17 +155,17 @@ def write_gmt(file: IO[str], sets: Iterable[GeneSet]) -> None:
         file.write("\n")
 
 
-def _lines(file: IO[bytes], path: str | Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    for number, raw in enumerate(file, start=1):
+def _decoded(lines: Iterable[bytes], source: str, problems: Problems) -> Iterator[tuple[int, str]]:
+    for number, raw in enumerate(lines, start=1):
         if b"\0" in raw:
-            raise UserError(f"{path}: a binary file, not GMT (line {number} holds a zero byte)")
+            raise UserError(f"{source}: a binary file, not GMT (line {number} holds a zero byte)")
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError:
             line = raw.decode("latin-1")
-            problems.add("lines read as Latin-1", f"{path}:{number}")
+            problems.add("lines read as Latin-1", f"{source}:{number}")
         yield number, line.rstrip("\r\n")
 
 

@@ -103,6 +103,11 @@ class BatchSource(grain.sources.RandomAccessDataSource):
             self._fill(batch, here[row], in_row, plan.slot_lengths[slots], dealt[slots], copies[slots], int(epoch))
         return batch
 
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batch of the start step, then of the next, for ever, read ahead by Grain's threads."""
+        dataset = grain.MapDataset.source(self)[start_step:]
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
     def _whole_lengths(self, gene_counts: np.ndarray) -> np.ndarray:
         """Return the tokens of segments that nothing cuts short."""
         if self._prompt_genes:
@@ -198,36 +203,6 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         if self._gene_order == "file":
             flat = flat[np.lexsort((flat, owner))]
         return self._corpus.tokens[flat], owner, place
-
-
-class Loader:
-    """Iterates over the batches of a `BatchSource` from a step on, read ahead by Grain's threads."""
-
-    def __init__(self, source: BatchSource, start_step: int) -> None:
-        """See `loader_of_run`."""
-        self.source = source
-        self._start_step = start_step
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps of one pass over the plan: every set is seen once, unless weights say otherwise."""
-        return self.source.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the batch of the start step, then of the next, for ever."""
-        dataset = grain.MapDataset.source(self.source)[self._start_step :]
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
-
-
-def loader_of_run(
-    config: Config, corpus: Corpus, split: Split, *, start_step: int = 0, num_hosts: int = 1, host: int = 0
-) -> Loader:
-    """Return the batches that a configuration asks for, from `start_step` on.
-
-    Raises:
-        UserError: as `BatchSource`.
-    """
-    return Loader(BatchSource(config, corpus, split, num_hosts, host), start_step)
 
 
 def _set_weights(corpus: Corpus, split: Split, data: DataConfig) -> np.ndarray:

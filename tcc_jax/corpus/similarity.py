@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -12,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from tcc_jax.corpus.store import SPLITS, Corpus
 
+LEAK_LEVELS = (0.3, 0.5, 0.9)
 _QUERIES_AT_ONCE = 64
 _MISSED_PAIRS = 0.008
 _HASHES_AT_MOST = 400
@@ -77,22 +79,9 @@ def _from_lengths(tokens: np.ndarray, lengths: np.ndarray | list[int]) -> Sets:
     return Sets(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The most alike pairs between queries and targets.
-
-    Attributes:
-        query: [queries] float64, the largest Jaccard of each query to any target.
-        target_over: [targets] bool, whether a target reaches the limit with any query.
-    """
-
-    query: np.ndarray
-    target_over: np.ndarray
-
-
 def nearest(
     queries: Sets, targets: Sets, num_genes: int, limit: float, advance: Callable[[int], None] = lambda count: None
-) -> Nearest:
+) -> tuple[np.ndarray, np.ndarray]:
     """Compare all queries with all targets, exactly.
 
     Args:
@@ -102,12 +91,16 @@ def nearest(
         limit: Jaccard from which a target counts as over.
         advance: told the number of queries just done.
 
+    Returns:
+        [queries] float64, the largest Jaccard of each query to any target, and [targets] bool, whether a target reaches
+        the limit with any query.
+
     Memory: beside the incidence matrices, a few numbers for each of 64 x len(targets) pairs that share a gene.
     """
     best = np.zeros(len(queries))
     over = np.zeros(len(targets), bool)
     if not len(queries) or not len(targets):
-        return Nearest(best, over)
+        return best, over
     query_matrix, by_gene = queries.matrix(num_genes), targets.matrix(num_genes).T.tocsr()
     query_lengths, target_lengths = queries.lengths.astype(np.int32), targets.lengths.astype(np.int32)
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -122,7 +115,17 @@ def nearest(
         filled = np.diff(shared.indptr) > 0
         best[start:stop][filled] = np.maximum.reduceat(jaccard, shared.indptr[:-1][filled])
         advance(stop - start)
-    return Nearest(best, over)
+    return best, over
+
+
+def leak_counts(best: np.ndarray) -> dict[str, Any]:
+    """Return JSON values: how many sets there are, and how many have their largest Jaccard at each of `LEAK_LEVELS`.
+
+    Args:
+        best: [sets] the largest Jaccard of each set to a training set, from `nearest`.
+    """
+    levels = {f"{level:g}": int(np.count_nonzero(best >= level)) for level in LEAK_LEVELS}
+    return {"sets": len(best), "with_training_set_at_jaccard": levels}
 
 
 def near_duplicate_clusters(

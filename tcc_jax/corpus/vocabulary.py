@@ -58,24 +58,17 @@ class Vocabulary:
         """Read `genes.tsv`.
 
         Raises:
-            UserError: the file is missing or not such a table; the message names the line.
+            UserError: the file is missing or not such a table.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            header, *rows = (tuple(line.split("\t")) for line in lines)
+            ids, symbols, hgnc_ids, counts = zip(*rows, strict=True)
+            numbered = ids == tuple(map(str, range(len(ids))))
+            if not numbered or (header, symbols[:NUM_SPECIAL]) != (HEADER, SPECIAL_SYMBOLS):
+                raise ValueError
+            return cls(symbols, hgnc_ids, np.array(list(map(int, counts)), np.int64))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the vocabulary is missing") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not a text file; prepare the corpus again") from None
-        if tuple(lines[0].split("\t")) != HEADER:
-            raise UserError(f"{path}: line 1: expected the columns {', '.join(HEADER)}")
-        symbols, hgnc_ids, counts = [], [], []
-        for number, line in enumerate(lines[1:]):
-            fields = line.split("\t")
-            if len(fields) != len(HEADER) or fields[0] != str(number) or not fields[3].isdigit():
-                raise UserError(f"{path}: line {number + 2}: expected id {number}, a symbol, an HGNC id and a count")
-            symbols.append(fields[1])
-            hgnc_ids.append(fields[2])
-            counts.append(int(fields[3]))
-        if tuple(symbols[:NUM_SPECIAL]) != SPECIAL_SYMBOLS:
-            raise UserError(f"{path}: the first {NUM_SPECIAL} ids must be the special ones, from <pad> on")
-        return cls(tuple(symbols), tuple(hgnc_ids), np.array(counts, np.int64))
+        except ValueError:
+            raise UserError(f"{path}: not a vocabulary ({', '.join(HEADER)}); prepare the corpus again") from None

@@ -21,9 +21,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config, profile_window
-from tcc_jax.corpus.loader import Batch, Loader, loader_of_run
+from tcc_jax.corpus.loader import Batch, BatchSource
 from tcc_jax.corpus.spectral import spectral_vectors
-from tcc_jax.corpus.store import Corpus, Split, open_corpus
+from tcc_jax.corpus.store import Corpus, open_corpus
 from tcc_jax.model.decoder import count_parameters
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, progress
@@ -117,7 +117,8 @@ class Run:
             check_same_run(self.meta, config, corpus)
         # What can be refused is, before anything is written.
         self.attention = attention_backend(config, mesh)
-        self.loader = _loader(config, corpus, mesh, "train", self.first)
+        self.rows = rows_here(mesh, config.training.batch_rows)
+        self.source = BatchSource(config, corpus, "train", *self.rows)
 
     def run(self) -> None:
         """Train to the end or to a request to stop."""
@@ -133,7 +134,7 @@ class Run:
         num_sets = len(self.corpus.indices("train"))
         directory.log(f"{path}: {count_parameters(state.params):,} parameters, {num_sets:,} training sets, {devices}")
         directory.log(f"attention: {self.attention}")
-        plan, most = self.loader.source.plan, config.training.segments_per_row
+        plan, most = self.source.plan, config.training.segments_per_row
         used = len(plan.slot_lengths) / (plan.num_rows * most)
         directory.log(f"packing: rows {plan.fullness:.1%} full, {used:.0%} of their {most} places for sets taken")
         directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
@@ -198,13 +199,13 @@ class Run:
 
     def _run_steps(self, state: TrainState) -> None:
         config, report, stop = self.config, self.report, self.stop
-        report.steps_per_epoch = self.loader.steps_per_epoch
+        report.steps_per_epoch = self.source.steps_per_epoch
         train_step = make_train_step(config, self.corpus.vocabulary.size, self.mesh)
         self.validate = make_validation(
             config,
             self.corpus,
             make_eval_step(config, self.corpus.vocabulary.size, self.mesh),
-            _loader(config, self.corpus, self.mesh, "validation", 0)
+            BatchSource(config, self.corpus, "validation", *self.rows)
             if len(self.corpus.indices("validation"))
             else None,
             self.mesh,
@@ -217,7 +218,7 @@ class Run:
         late = config.compute.steps_in_flight - 1
         agreed, in_flight = Agreement(self.mesh, late), InFlight()
         every_seconds, last_save = 60 * config.checkpoint.every_minutes, time.monotonic()
-        batches = iter(self.loader)
+        batches = self.source.batches(self.first)
         batch, arrays = self._fetch(batches)
         for step in range(self.first + 1, config.training.steps + 1):
             self.profile.before(step, state)
@@ -358,8 +359,3 @@ def _lost(directory: RunDirectory, what: str) -> None:
     message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
     directory.log(f"error: {message}")
     directory.status("failed", message=message)
-
-
-def _loader(config: Config, corpus: Corpus, mesh: Mesh, split: Split, start_step: int) -> Loader:
-    num_parts, part = rows_here(mesh, config.training.batch_rows)
-    return loader_of_run(config, corpus, split, start_step=start_step, num_hosts=num_parts, host=part)

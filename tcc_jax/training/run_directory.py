@@ -48,7 +48,7 @@ STATUS_VERSION = 1
 _KEPT = (CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, METRICS_FILE)
 _LAST = ("finished", "stopped", "failed")
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
-# What a process killed inside `replace_text` leaves behind.
+# What a process killed inside `atomic_file` leaves behind.
 _HALF_WRITTEN = re.compile(r"\.[a-z]+\.jsonl?\.\d+\.tmp")
 _COPY_SECONDS = 10.0
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "SLURM_JOB_ID")

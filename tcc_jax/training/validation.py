@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config
-from tcc_jax.corpus.loader import Loader
+from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import Params
 from tcc_jax.training.sharding import replicated, shard_batch
@@ -31,7 +31,7 @@ def make_validation(
     config: Config,
     corpus: Corpus,
     eval_step: Callable,
-    loader: Loader | None,
+    source: BatchSource | None,
     mesh: Mesh,
     make_recall: MakeRecall | None,
 ) -> Callable[[TrainState, int, Poll], dict[str, float]]:
@@ -41,13 +41,13 @@ def make_validation(
         config: the run.
         corpus: its corpus.
         eval_step: from `tcc_jax.training.step.make_eval_step`.
-        loader: batches of the validation sets from step 0; None if the corpus has none, then there are no values.
+        source: batches of the validation sets; None if the corpus has none, then there are no values.
         mesh: the devices.
         make_recall: gives the function that measures `validation_recall`, or None.
     """
-    if loader is None:
+    if source is None:
         return lambda state, step, poll: {}
-    num_batches = min(config.training.eval_steps, math.ceil(loader.steps_per_epoch))
+    num_batches = min(config.training.eval_steps, math.ceil(source.steps_per_epoch))
     recall = make_recall(config, corpus) if make_recall and config.training.recall_sets else None
     gather = jax.jit(lambda params: params, out_shardings=replicated(mesh))
 
@@ -55,8 +55,8 @@ def make_validation(
     @jax.transfer_guard("allow")
     def validate(state: TrainState, step: int, poll: Poll) -> dict[str, float]:
         sums = []
-        # The loader starts at step 0 each time: every evaluation sees the same batches.
-        for index, batch in enumerate(itertools.islice(iter(loader), num_batches)):
+        # From step 0 each time: every evaluation sees the same batches.
+        for index, batch in enumerate(itertools.islice(source.batches(), num_batches)):
             poll()
             sums.append(eval_step(state.evaluated, shard_batch(batch, mesh), np.int32(index)))
         loss_sum, scored = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion import baselines, plots
-from tcc_jax.completion.evaluation import run_method
+from tcc_jax.completion.metrics import run_method
 from tcc_jax.completion.protocol import genes_of, mask_sets, rarest_third
 from tcc_jax.completion.report import FORMAT_VERSION, Report, write_report
 from tcc_jax.completion.sets import sets_from_corpus

@@ -11,6 +11,7 @@ from tcc_jax.completion.sets import (
     choose_sets,
     read_background,
     read_sets,
+    read_stream,
 )
 from tcc_jax.corpus.gmt import Problems
 from tcc_jax.corpus.similarity import training_sets
@@ -80,3 +81,16 @@ def test_bad_backgrounds(tmp_path, corpus, table, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"--background .*background\.txt"):
         read_background(path, GeneFinder(table, corpus.vocabulary))
+
+
+def test_standard_input_is_read_as_it_comes(corpus, table):
+    def lines():
+        yield from (b"\n", b"one\t\tG1\tOLD1\n", b"short\n")
+        assert first is not None
+        yield b"two\t\tG2"
+
+    first, problems = None, Problems()
+    sets = read_stream(lines(), GeneFinder(table, corpus.vocabulary), problems)
+    first = next(sets)
+    assert [one.name for one in (first, *sets)] == ["one", "two"]
+    assert problems.examples == {"lines with fewer than three columns": ["standard input:3"]}

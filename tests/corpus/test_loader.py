@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from tcc_jax.config import Config, DataConfig, TrainingConfig, from_dict
-from tcc_jax.corpus.loader import BatchSource, Loader, loader_of_run
+from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL, START
 from tcc_jax.terminal import UserError
@@ -31,10 +31,6 @@ def source_of(corpus, split, num_hosts=1, host=0, **settings):
     }
     assert not settings
     return BatchSource(from_dict(values, check=False), corpus, split, num_hosts, host)
-
-
-def make_loader(corpus, split, start_step=0, **settings):
-    return Loader(source_of(corpus, split, **settings), start_step)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +121,8 @@ def test_hosts_share_one_global_batch(corpus, num_hosts):
 
 
 def test_loader_continues_at_any_step(corpus):
-    straight = list(itertools.islice(make_loader(corpus, "train", **SETTINGS), 12))
-    resumed = list(itertools.islice(make_loader(corpus, "train", **SETTINGS, start_step=7), 5))
+    straight = list(itertools.islice(source_of(corpus, "train", **SETTINGS).batches(), 12))
+    resumed = list(itertools.islice(source_of(corpus, "train", **SETTINGS).batches(7), 5))
     for expected, batch in zip(straight[7:], resumed, strict=True):
         for key in expected:
             np.testing.assert_array_equal(batch[key], expected[key])
@@ -155,7 +151,7 @@ def test_errors(corpus, tmp_path):
         source_of(corpus, "train", **SETTINGS, num_hosts=3)
     empty = make_corpus(tmp_path / "none", validation_share=0.0)
     with pytest.raises(UserError, match="no validation sets"):
-        make_loader(empty, "validation", **SETTINGS)
+        source_of(empty, "validation", **SETTINGS)
 
 
 def numbered_corpus(sizes):
@@ -257,8 +253,8 @@ def test_a_set_is_weighted_by_the_sizes_of_its_library_and_of_its_cluster():
     data = DataConfig(library_weights={"single": 0.5}, cluster_balance=0.5, library_balance=1.0)
     training = TrainingConfig(row_length=32, batch_rows=1, segments_per_row=4)
     config = Config(data=data, training=training)
-    np.testing.assert_allclose(loader_of_run(config, corpus, "train").source._weights, weights)
-    np.testing.assert_array_equal(loader_of_run(config, corpus, "validation").source._weights, 1)
+    np.testing.assert_allclose(BatchSource(config, corpus, "train")._weights, weights)
+    np.testing.assert_array_equal(BatchSource(config, corpus, "validation")._weights, 1)
 
 
 def test_weights_leave_the_rows_of_an_epoch():
@@ -283,7 +279,7 @@ def test_weighted_batches_are_the_same_on_any_number_of_hosts(num_hosts):
     for step in (0, last, 40):
         for key, array in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), array)
-    resumed = next(iter(make_loader(corpus, "train", **settings, start_step=40)))
+    resumed = next(whole.batches(40))
     np.testing.assert_array_equal(resumed["tokens"], whole[40]["tokens"])
 
 
@@ -325,9 +321,9 @@ def test_slots_of_a_left_out_library_take_shorter_sets_and_padding():
 def test_errors_of_library_weights():
     corpus = numbered_corpus(MIXED)
     with pytest.raises(UserError, match=r"data\.library_weights: offen: no such library in numbered; .* often"):
-        make_loader(corpus, "train", **SETTINGS, library_weights={"offen": 2.0})
+        source_of(corpus, "train", **SETTINGS, library_weights={"offen": 2.0})
     with pytest.raises(UserError, match="every library with train sets in numbered has weight 0"):
-        make_loader(corpus, "train", **SETTINGS, library_weights=dict.fromkeys(MIXED, 0.0))
+        source_of(corpus, "train", **SETTINGS, library_weights=dict.fromkeys(MIXED, 0.0))
 
 
 PROMPTS = dict(prompt_genes=9, cut_high=0.5, target_genes=12)

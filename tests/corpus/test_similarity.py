@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
 
-from tcc_jax.corpus.similarity import Sets, near_duplicate_clusters, nearest, num_bands
+from tcc_jax.corpus.similarity import Sets, leak_counts, near_duplicate_clusters, nearest, num_bands
 
 
 def make_sets(lists):
@@ -35,17 +35,17 @@ def test_nearest_is_exact(limit):
     sets = families(0)
     jaccard = brute_force_jaccard(sets)
     queries = sets.select(np.arange(len(sets)) < 70)
-    found = nearest(queries, sets.select(np.arange(len(sets)) >= 70), 400, limit)
-    np.testing.assert_allclose(found.query, jaccard[:70, 70:].max(1), rtol=1e-6)
-    np.testing.assert_array_equal(found.target_over, (jaccard[:70, 70:] >= limit).any(0))
+    best, over = nearest(queries, sets.select(np.arange(len(sets)) >= 70), 400, limit)
+    np.testing.assert_allclose(best, jaccard[:70, 70:].max(1), rtol=1e-6)
+    np.testing.assert_array_equal(over, (jaccard[:70, 70:] >= limit).any(0))
 
 
 def test_a_pair_exactly_at_the_limit_counts():
     sets = make_sets([[0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8]])
     first = sets.select(np.array([True, False, False]))
     rest = sets.select(np.array([False, True, True]))
-    assert nearest(first, rest, 9, 0.5).target_over.tolist() == [True, False]
-    assert nearest(first, rest, 9, 1 / 3).target_over.tolist() == [True, True]
+    assert nearest(first, rest, 9, 0.5)[1].tolist() == [True, False]
+    assert nearest(first, rest, 9, 1 / 3)[1].tolist() == [True, True]
 
 
 @pytest.mark.parametrize(("shared", "union", "limit"), [(14, 25, 0.56), (7, 25, 0.28), (11, 20, 0.55), (2, 3, 2 / 3)])
@@ -53,8 +53,8 @@ def test_limits_without_an_exact_binary_fraction_are_exact(shared, union, limit)
     # In floating point 0.56 * 25 exceeds 14: a comparison of products would let such a pair pass.
     sets = make_sets([np.arange(shared), np.arange(union)])
     mask = np.array([True, False])
-    assert nearest(sets.select(mask), sets.select(~mask), union, limit).target_over.tolist() == [True]
-    assert nearest(sets.select(mask), sets.select(~mask), union, limit + 1e-9).target_over.tolist() == [False]
+    assert nearest(sets.select(mask), sets.select(~mask), union, limit)[1].tolist() == [True]
+    assert nearest(sets.select(mask), sets.select(~mask), union, limit + 1e-9)[1].tolist() == [False]
     assert near_duplicate_clusters(sets, union, limit, seed=0).tolist() == [0, 0]
 
 
@@ -95,3 +95,8 @@ def test_sets_arithmetic():
     assert sets.sum(np.array([1, 1, 0, 5])).tolist() == [2, 0, 5]
     assert sets.keep_mentions(np.array([True, False, True, False])).lengths.tolist() == [2, 0, 0]
     assert sets.select(np.array([False, True, True])).tokens.tolist() == [4]
+
+
+def test_leaks_are_counted_from_each_level_on():
+    counts = leak_counts(np.array([0.1, 3 / 10, 1 / 2, 8 / 9, 9 / 10]))
+    assert counts == {"sets": 5, "with_training_set_at_jaccard": {"0.3": 4, "0.5": 3, "0.9": 1}}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.config import from_dict
-from tcc_jax.corpus.loader import loader_of_run
+from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.terminal import UserError
 from tcc_jax.training import loop, saving
@@ -24,7 +24,7 @@ from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.sharding import shard_batch
-from tests.training.runs import config_of, lines_of, same_numbers, small_mesh, state_at
+from tests.training.runs import config_of, lines_of, same_numbers, state_at
 
 
 def recall_of(values):
@@ -35,22 +35,18 @@ def recall_of(values):
 def disturb(patch, step, action):
     """Do something while `step` (from 1) is under way, as the training batch after it is fetched."""
 
-    def disturbed_loader(config, corpus, split, *, start_step, **settings):
-        loader = loader_of_run(config, corpus, split, start_step=start_step, **settings)
-        return DisturbedLoader(loader, start_step) if split == "train" else loader
+    class DisturbedSource(BatchSource):
+        def __init__(self, config, corpus, split, *rows):
+            super().__init__(config, corpus, split, *rows)
+            self.split = split
 
-    class DisturbedLoader:
-        def __init__(self, loader, start_step):
-            self.loader, self.source, self.start_step = loader, loader.source, start_step
-            self.steps_per_epoch = loader.steps_per_epoch
-
-        def __iter__(self):
-            for number, batch in enumerate(self.loader, self.start_step + 1):
-                if number == step + 1:
+        def batches(self, start_step=0):
+            for number, batch in enumerate(super().batches(start_step), start_step + 1):
+                if self.split == "train" and number == step + 1:
                     action()
                 yield batch
 
-    patch.setattr(loop, "loader_of_run", disturbed_loader)
+    patch.setattr(loop, "BatchSource", DisturbedSource)
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(corpus, finished, tmp_path, monkeypatch):
@@ -206,8 +202,8 @@ def test_what_a_run_leaves_behind(finished, capsys):
     assert start["step"] == 0 and start["packages"]["jax"] == jax.__version__
     log = (directory / "train.log").read_text()
     assert "49 training sets" in log
-    loader = loader_of_run(finished, corpus, "train").source
-    share = 49 / (loader.plan.num_rows * finished.training.segments_per_row)
+    source = BatchSource(finished, corpus, "train")
+    share = 49 / (source.plan.num_rows * finished.training.segments_per_row)
     assert f"% full, {share:.0%} of their {finished.training.segments_per_row} places for sets taken" in log
     assert from_dict(json.loads((directory / "config.json").read_text())) == finished
     assert (directory / "genes.tsv").read_bytes() == (corpus.path / "genes.tsv").read_bytes()
@@ -250,22 +246,14 @@ def poison(patch, steps):
 
         return poisoned_loss
 
-    def poisoned_loader(config, corpus, split, *, start_step, **settings):
-        loader = loader_of_run(config, corpus, split, start_step=start_step, **settings)
-        return PoisonedLoader(loader, start_step) if split == "train" else loader
-
-    class PoisonedLoader:
-        def __init__(self, loader, start_step):
-            self.loader, self.source, self.start_step = loader, loader.source, start_step
-            self.steps_per_epoch = loader.steps_per_epoch
-
-        def __iter__(self):
-            for number, batch in enumerate(self.loader, self.start_step + 1):
+    class PoisonedSource(BatchSource):
+        def batches(self, start_step=0):
+            for number, batch in enumerate(super().batches(start_step), start_step + 1):
                 factor = np.nan if number in steps else 1.0
                 yield batch | {"poison": np.full(len(batch["tokens"]), factor, np.float32)}
 
     patch.setattr(step_module, "_make_loss", make_poisoned_loss)
-    patch.setattr(loop, "loader_of_run", poisoned_loader)
+    patch.setattr(loop, "BatchSource", PoisonedSource)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path, monkeypatch, capsys):
@@ -297,7 +285,7 @@ def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpu
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     saved = np.load(tmp_path / "run" / "skipped" / "step-9-host-0.npz", allow_pickle=False)
     assert np.isnan(saved["poison"]).all()
-    expected = next(iter(loop._loader(config, open_corpus(corpus), small_mesh(), "train", 8)))
+    expected = BatchSource(config, open_corpus(corpus), "train")[8]
     np.testing.assert_array_equal(saved["tokens"], expected["tokens"])
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tcc_jax import train as command
-from tcc_jax.terminal import UserError, log, run_command
+from tcc_jax import train
+from tcc_jax.terminal import UserError, command, log
 from tests.training.corpora import write_small_corpus
 
 
@@ -44,7 +44,7 @@ def test_a_mistake_is_one_line_and_jax_is_never_imported(arguments, words, tmp_p
     # Importing the loop would import jax: let it fail loudly.
     monkeypatch.setitem(sys.modules, "tcc_jax.training.loop", None)
     with pytest.raises(SystemExit) as stop:
-        command.main()
+        train.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert words in error
@@ -88,5 +88,5 @@ def test_a_message_that_cannot_be_printed_ends_nothing(monkeypatch):
         patch.setattr(sys, "stderr", full)
         log("No space left on device")
         with pytest.raises(SystemExit) as stop:
-            run_command(lambda: (_ for _ in ()).throw(UserError("mistake")))
+            command(lambda: (_ for _ in ()).throw(UserError("mistake")))()
     assert stop.value.code == 2

@@ -62,7 +62,7 @@ class Outcome:
 
     Attributes:
         method: its name.
-        metrics: by name, those of `metrics.METRICS`, `rare_recall` and, of a model, `nats_per_hidden_gene`.
+        metrics: by name, those of `METRICS`, `rare_recall` and, of a model, `nats_per_hidden_gene`.
         log_p: natural log of the one-sided Fisher p of the overlap.
         log_adjusted_p: the same after Benjamini-Hochberg over the sets of one seed.
         drawn: for the first seed, int32 ids drawn for each set, best first.
