@@ -51,23 +51,30 @@ def test_a_step_that_needs_more_than_there_is_does_not_fit():
     assert not compile_step(config, 50, target(total - 1, 1)).fits
 
 
-@pytest.mark.parametrize("most", [0, 1, 5, 37, 64, 1000])
-def test_the_largest_batch_is_found_to_an_eighth(most, monkeypatch):
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 37, 64, 1000])
+@pytest.mark.parametrize("curve", [1.0, 0.5, 2.0])
+def test_the_largest_batch_is_found(most, curve, monkeypatch):
     tried = []
 
     def compile_step(config, vocabulary_size, target):
         rows = config.training.batch_rows
         tried.append(rows)
-        return Compiled(rows, 1, 1, 0.0, rows <= 8 * most)
+        temporary = int(2**20 * rows**curve)
+        return Compiled(rows, 1, temporary, 0.0, 1 + temporary <= target.memory_bytes)
 
     monkeypatch.setattr(ahead, "compile_step", compile_step)
-    best = largest_batch(small_config(mesh={"data": 4}, training={"microbatches": 2}), 50, target(1), lambda _: None)
+    config, memory = small_config(mesh={"data": 4}, training={"microbatches": 2}), int(2**20 * (8 * most) ** curve) + 1
+    best = largest_batch(config, 50, target(memory), lambda _: None)
     assert all(rows % 8 == 0 for rows in tried)
-    assert len(tried) == len(set(tried)) <= 16
-    if most == 0:
-        assert best is None
-    else:
-        assert 8 * most * 8 / 9 <= best.batch_rows <= 8 * most
+    assert len(tried) == len(set(tried)) <= (14 if curve == 1 else 25)
+    assert (best.batch_rows if best else 0) == 8 * most
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"gpu_device_info { }"])
+def test_a_description_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "gpu.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"gpu.txt: not a text-format GpuTargetConfigProto"):
+        find_target("h200", str(tmp_path / "gpu.txt"))
 
 
 @pytest.mark.parametrize(
@@ -104,3 +111,11 @@ def test_a_step_is_compiled_for_a_tpu_slice(tmp_path):
     assert result["devices"] == 8
     assert result["attempts"][0]["fits"]
     assert 0 < result["attempts"][0]["temporary_bytes"] < result["memory_bytes"] == int(15.75 * 2**30)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_a_v4_chip_is_one_device(tmp_path):
+    (tmp_path / "run.toml").write_text(CONFIG)
+    done = run(tmp_path / "run.toml", "--topology", "v4:2x2x1", "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["devices"] == 4

@@ -34,8 +34,8 @@ from tcc_jax.training.state import TrainState, create_state
 from tcc_jax.training.step import make_train_step
 
 FORMULA = (
-    "mfu = useful tokens/s x (6 x matmul parameters, the tied head once, + 6 L D T; head and last block only where "
-    "they are computed) / (devices x peak FLOP/s); mfu_segments has 12 L D x keys, those of a token's own segment, "
+    "mfu = useful tokens/s x (6 x matmul parameters, the tied head once, + 6 L D T; head and last block only for "
+    "scored positions) / (devices x peak FLOP/s); mfu_segments has 12 L D x keys, those of a token's own segment, "
     "in place of 6 L D T"
 )
 
@@ -102,7 +102,8 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
     sets = [sum(np.count_nonzero(batch["gene_counts"]) for batch in part) for part in parts]
     rates = [count / duration for count, duration in zip(tokens, seconds, strict=True)]
     keys_per_token = sum(map(_visible_keys, batches)) / sum(map(useful_tokens, batches))
-    flops = flops_per_token(config, size), flops_per_token(config, size, keys_per_token)
+    scored = train.scored_per_token()
+    flops = flops_per_token(config, size, None, scored), flops_per_token(config, size, keys_per_token, scored)
     device = mesh.devices.flat[0]
     peak = peak_flops(device.device_kind)
     shares = [None if peak is None else [rate * each / (mesh.size * peak) for rate in rates] for each in flops]
@@ -210,6 +211,10 @@ class Trainer:
     def loss(self) -> float:
         """Return the loss of the last step, before its update: nats per scored position."""
         return float(self._metrics["loss_sum"] / self._metrics["scored"])
+
+    def scored_per_token(self) -> float:
+        """Return how many positions the last step scored for each useful token."""
+        return float(self._metrics["scored"] / self._metrics["tokens"])
 
 
 def train_batches(config: Config, corpus: Corpus, count: int) -> list[Batch]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +26,12 @@ from tcc_jax.training.state import abstract_state
 from tcc_jax.training.step import make_train_step
 
 GIB = 2**30
-# GiB a program may use of a device, as libtpu's out-of-memory errors put it; it keeps the rest for itself. A v4 chip is
-# compiled for as two devices of a core each, and a tpu7x chip is two devices.
-TPU_MEMORY = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+# GiB a program may use of a device, as libtpu's out-of-memory errors put it; it keeps the rest for itself. A tpu7x chip
+# is two devices.
+TPU_MEMORY = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 # Of a GPU's memory, the share JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
+_DEVICE_MEMORY = re.compile(r"\bdevice_memory_size:\s*(\d+)")
 # What XLA asks about an H200 (stream_executor.GpuTargetConfigProto), from NVIDIA's data sheet and its tuning guide.
 H200 = """
 gpu_device_info {
@@ -85,6 +86,11 @@ class Compiled:
     fits: bool
     reason: str = ""
 
+    @property
+    def total_bytes(self) -> int:
+        """State and temporaries on each device."""
+        return self.state_bytes + (self.temporary_bytes or 0)
+
 
 def find_target(topology: str, target_config: str | None = None) -> Target:
     """Return the devices of a topology.
@@ -99,7 +105,9 @@ def find_target(topology: str, target_config: str | None = None) -> Target:
     generation, _, shape = topology.partition(":")
     if generation in TPU_MEMORY:
         try:
-            description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            # The two cores of a v4 chip are one device, as JAX has them; of itself libtpu takes them for two.
+            cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
+            description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
         except Exception as error:
             raise UserError(
                 f"--topology {topology}: {_first_line(error)}; the compiler for TPUs comes with "
@@ -110,17 +118,17 @@ def find_target(topology: str, target_config: str | None = None) -> Target:
         raise UserError(
             f"--topology {topology}: must be one of {', '.join(TPU_MEMORY)} with a shape, such as v5e:2x4, or h200:8"
         )
-    text = Path(target_config).read_text(encoding="utf-8") if target_config else H200
+    text = H200 if target_config is None else _description(target_config)
     try:
         description = topologies.get_topology_desc(
             platform="cuda", topology_name="1x1x1", target_config=text, topology=f"1x1x{shape or 1}"
         )
     except Exception as error:
         raise UserError(
-            f"--topology {topology}: {_first_line(error)}; the compiler for GPUs comes with "
+            f"{target_config or f'--topology {topology}'}: {_first_line(error)}; the compiler for GPUs comes with "
             'pip install "tcc-jax[aot-gpu]"'
         ) from None
-    memory = next(int(word) for before, word in itertools.pairwise(text.split()) if before == "device_memory_size:")
+    memory = max(map(int, _DEVICE_MEMORY.findall(text)))
     return Target(topology, list(description.devices), int(GPU_SHARE * memory))
 
 
@@ -131,6 +139,9 @@ def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compil
         UserError: a mesh, model or batch that cannot be spread over the devices.
     """
     mesh = make_mesh(config, target.devices)
+    if mesh.size < len(target.devices):
+        # Of a slice libtpu compiles for all or dies.
+        raise UserError(f"mesh: takes {mesh.size} of the {len(target.devices)} devices of {target.name}; take all")
     state = abstract_state(config, vocabulary_size, mesh)
     batch = abstract_batch(config, mesh)
     state_bytes = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves((state, batch)))
@@ -156,7 +167,10 @@ def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compil
 def largest_batch(
     config: Config, vocabulary_size: int, target: Target, report: Callable[[Compiled], None]
 ) -> Compiled | None:
-    """Find the largest batch whose step fits: rows double until they don't, then the gap is halved down to an eighth.
+    """Find the largest batch whose step fits: rows double until they don't, then the gap is closed.
+
+    Memory grows about evenly with the rows, so the gap is tried where a line through the two largest that fit reaches
+    the limit, and in its middle, by turns.
 
     Args:
         config: the run; its `training.batch_rows` is not used.
@@ -183,16 +197,28 @@ def largest_batch(
         report(compiled)
         return compiled
 
-    best, low, high = None, 0, 1
+    found: list[tuple[int, Compiled]] = []
+    high = 1
     while high < 2**14 and (compiled := attempt(high)).fits:
-        best, low, high = compiled, high, 2 * high
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
+        found.append((high, compiled))
+        high *= 2
+    halve = False
+    while found and high - (low := found[-1][0]) > 1:
+        middle = (low + high) // 2 if halve else _where_full(found, target.memory_bytes)
+        middle, halve = min(max(middle, low + 1), high - 1), not halve
         if (compiled := attempt(middle)).fits:
-            best, low = compiled, middle
+            found.append((middle, compiled))
         else:
             high = middle
-    return best
+    return found[-1][1] if found else None
+
+
+def _where_full(found: list[tuple[int, Compiled]], memory_bytes: int) -> int:
+    if len(found) < 2:
+        return 0
+    (less, before), (more, after) = found[-2:]
+    grown = (after.total_bytes - before.total_bytes) / (more - less)
+    return more + int((memory_bytes - after.total_bytes) / grown) if grown > 0 else more
 
 
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -206,6 +232,16 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Sha
         name: jax.ShapeDtypeStruct((training.batch_rows, *shape), jnp.int32, sharding=over_rows(mesh))
         for name, shape in shapes.items()
     }
+
+
+def _description(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if not _DEVICE_MEMORY.search(text):
+        raise UserError(f"--target-config {path}: not a text-format GpuTargetConfigProto with a device_memory_size")
+    return text
 
 
 def _bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:

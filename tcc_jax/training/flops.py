@@ -38,15 +38,17 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=lambda name: len(name.split()))] if matches else None
 
 
-def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float | None = None) -> float:
+def flops_per_token(
+    config: Config, vocabulary_size: int, keys_per_token: float | None = None, scored_per_token: float | None = None
+) -> float:
     """Return the arithmetic of training, forward and backward, for one useful token.
 
     6 x matmul parameters + 12 L D x keys. Matmul parameters are those of the blocks, L (4 D^2 + 2 D F), and the tied
     head, V D with V padded, once. Where cut points alone are scored, the head and all of the last block but its keys
-    and values (2 D^2), its share of the last term included, are computed there alone: they count times the cut points
-    of a row over its length. Without `keys_per_token` a token attends to T / 2 keys, the plain causal count, which
-    makes the last term 6 L D T.
-    The embedding's lookup, norms and recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
+    and values (2 D^2), its share of the last term included, count for the scored positions alone; without
+    `scored_per_token` for all that a row has places for, which is what is computed. Without `keys_per_token` a token
+    attends to T / 2 keys, the plain causal count, which makes the last term 6 L D T. The embedding's lookup, norms and
+    recomputed activations do not count (PaLM, Chowdhery et al. 2022, appendix B).
 
     MFU = useful tokens per second x this / (devices x peak of a device).
 
@@ -54,6 +56,7 @@ def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float 
         config: the run.
         vocabulary_size: V, before padding.
         keys_per_token: keys a token really attends to, in its own segment, on average.
+        scored_per_token: scored positions for each useful token, on average; only cut points need it.
     """
     model, length = config.model, config.training.row_length
     hidden_width = model.hidden_width or 4 * model.width
@@ -61,7 +64,8 @@ def flops_per_token(config: Config, vocabulary_size: int, keys_per_token: float 
     rest = keys_and_values + 2 * model.width * hidden_width
     head = padded_vocabulary_size(vocabulary_size) * model.width
     cut_points = config.objective.cut_points
-    share = config.training.segments_per_row * cut_points / length if cut_points else 1.0
+    places = config.training.segments_per_row * cut_points / length
+    share = (places if scored_per_token is None else scored_per_token) if cut_points else 1.0
     layers = model.num_layers - 1 + share
     matmul_parameters = model.num_layers * keys_and_values + layers * rest + share * head
     keys = length / 2 if keys_per_token is None else keys_per_token

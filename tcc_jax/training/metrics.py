@@ -43,7 +43,8 @@ class Window:
             return
         self.tokens += int(metrics["tokens"])
         self.sets += int(metrics["sets"])
-        self.keys += float(metrics.get("keys", math.nan))
+        self.keys += float(metrics["keys"])
+        self.positions += float(metrics["scored"])
 
     def waited(self, seconds: float) -> None:
         """Count time the loop has just spent waiting for the loader."""
@@ -64,8 +65,8 @@ class Window:
 
         Returns:
             `loss` (nats per scored position; None if every update was skipped), `skipped_steps`, `tokens_per_second`
-            (useful), `sets_per_second`, `keys_per_token` (that a useful token attends to; None if not measured) and
-            `data_wait` (share of the time).
+            (useful), `sets_per_second`, `per_token` (keys that a useful token attends to, and positions scored for it;
+            None if not measured) and `data_wait` (share of the time).
         """
         now = time.monotonic()
         seconds = now - (self._began or now)
@@ -75,7 +76,7 @@ class Window:
             "skipped_steps": self.skipped,
             "tokens_per_second": round(rates[0], 1),
             "sets_per_second": round(rates[1], 2),
-            "keys_per_token": self.keys / self.tokens if self.tokens and math.isfinite(self.keys) else None,
+            "per_token": (self.keys / self.tokens, self.positions / self.tokens) if self.tokens else None,
             "data_wait": round(self.wait_seconds / seconds, 4) if seconds > 0 else 0.0,
         }
         self._began = now
@@ -84,7 +85,7 @@ class Window:
 
     def _reset(self) -> None:
         self.loss_sum, self.scored, self.skipped, self.tokens, self.sets = 0.0, 0.0, 0, 0, 0
-        self.keys, self.wait_seconds = 0.0, 0.0
+        self.keys, self.positions, self.wait_seconds = 0.0, 0.0, 0.0
 
 
 def model_flops_utilization(
@@ -93,6 +94,7 @@ def model_flops_utilization(
     devices: Sequence[jax.Device],
     tokens_per_second: float,
     keys_per_token: float | None = None,
+    scored_per_token: float | None = None,
 ) -> float | None:
     """Return the share of the devices' peak that useful arithmetic takes (MFU), or None without a recorded peak.
 
@@ -107,11 +109,12 @@ def model_flops_utilization(
         devices: those of the mesh, all of one kind.
         tokens_per_second: useful ones, over all devices.
         keys_per_token: None for T / 2.
+        scored_per_token: None for all places of a row; only cut points need it.
     """
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
         return None
-    flops = tokens_per_second * flops_per_token(config, vocabulary_size, keys_per_token)
+    flops = tokens_per_second * flops_per_token(config, vocabulary_size, keys_per_token, scored_per_token)
     return round(flops / (peak * len(devices)), 5)
 
 

@@ -31,7 +31,7 @@ class Report:
         board: where they also go, or None.
         directory: where the status and what is said go.
         advance: moves the progress on.
-        utilization: (useful tokens per second, keys per token) -> MFU.
+        utilization: (useful tokens per second, keys per token, scored positions per token) -> MFU.
         meta: the description of the checkpoint the run goes on from; empty at its start.
 
     Attributes:
@@ -47,7 +47,7 @@ class Report:
         board: Board | None,
         directory: RunDirectory,
         advance: Advance,
-        utilization: Callable[[float, float | None], float | None],
+        utilization: Callable[[float, float | None, float], float | None],
         meta: dict[str, Any],
     ) -> None:
         self.steps_per_epoch = 1.0
@@ -96,7 +96,7 @@ class Report:
             line = self._window.take()
             self._words = f"loss {line['loss'] or math.nan:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
             norm = float(values["gradient_norm"])
-            rate, keys = line["tokens_per_second"], line["keys_per_token"]
+            rate, per_token = line["tokens_per_second"], line["per_token"]
             self._write(
                 step=step,
                 loss=line["loss"],
@@ -106,8 +106,8 @@ class Report:
                 gradient_norm=norm if math.isfinite(norm) else None,
                 tokens_per_second=rate,
                 sets_per_second=line["sets_per_second"],
-                mfu=self._utilization(rate, None),
-                mfu_segments=None if keys is None else self._utilization(rate, keys),
+                mfu=None if per_token is None else self._utilization(rate, None, per_token[1]),
+                mfu_segments=None if per_token is None else self._utilization(rate, *per_token),
                 data_wait=line["data_wait"],
                 memory_bytes=memory_bytes(),
                 seconds=round(self.seconds(), 3),

@@ -44,6 +44,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     layout, model, training = config.mesh, config.model, config.training
     inner = layout.fsdp * layout.tensor
     data = max(1, len(devices) // inner) if layout.data == -1 else layout.data
+    if layout.data == -1 and len(devices) % inner and inner < len(devices):
+        raise UserError(
+            f"mesh.fsdp x tensor = {layout.fsdp} x {layout.tensor}: does not divide the {len(devices)} "
+            f"{devices[0].platform} devices; set mesh.data too to leave some out"
+        )
     if data * inner > len(devices):
         raise UserError(
             f"mesh.data x fsdp x tensor = {data} x {layout.fsdp} x {layout.tensor}: "

@@ -48,6 +48,10 @@ def test_the_head_and_the_last_block_count_only_where_they_are_computed() -> Non
     # Queries, output, feed-forward and products with the keys; keys and values themselves are computed everywhere.
     block = 6 * (2 * 64**2 + 2 * 64 * 160) + 12 * 64 * 5
     assert saved == pytest.approx((6 * 384 * 64 + block) * (1 - 4 * 2 / 32))
+    # Places that no set takes are computed, and not useful.
+    unused = flops_per_token(cut, 300, 5) - flops_per_token(cut, 300, 5, scored_per_token=0.1)
+    assert unused == pytest.approx((6 * 384 * 64 + block) * (4 * 2 / 32 - 0.1))
+    assert flops_per_token(CONFIG, 300, 5, scored_per_token=0.1) == flops_per_token(CONFIG, 300, 5)
 
 
 def test_the_formula_agrees_with_the_compilers_count_of_a_plain_product() -> None:

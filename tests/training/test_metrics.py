@@ -56,18 +56,18 @@ def test_a_window_weighs_positions_alike_and_leaves_out_compilation_and_validati
     window.add({"loss_sum": 2.0, "scored": 6.0, "tokens": 30, "sets": 5, "skipped": 0, "keys": 240})
     now += 5
     window.leave_out(5)
-    rates = {"tokens_per_second": 15.0, "sets_per_second": 2.5, "keys_per_token": 8.0, "data_wait": 0.25}
+    rates = {"tokens_per_second": 15.0, "sets_per_second": 2.5, "per_token": (8.0, 0.2), "data_wait": 0.25}
     assert window.take() == {"loss": 1.0, "skipped_steps": 0} | rates
     now += 4
-    window.add({"loss_sum": 3.0, "scored": 1.0, "tokens": 8, "sets": 4, "skipped": 0})
-    rates = {"tokens_per_second": 2.0, "sets_per_second": 1.0, "keys_per_token": None, "data_wait": 0.0}
+    window.add({"loss_sum": 3.0, "scored": 1.0, "tokens": 8, "sets": 4, "skipped": 0, "keys": 24})
+    rates = {"tokens_per_second": 2.0, "sets_per_second": 1.0, "per_token": (3.0, 0.125), "data_wait": 0.0}
     assert window.take() == {"loss": 3.0, "skipped_steps": 0} | rates
 
 
 def test_a_window_of_one_first_step_has_no_rate():
     window = Window()
     window.add({"loss_sum": 6.0, "scored": 2.0, "tokens": 10, "sets": 1, "skipped": 0})
-    rates = {"tokens_per_second": 0.0, "sets_per_second": 0.0, "keys_per_token": None}
+    rates = {"tokens_per_second": 0.0, "sets_per_second": 0.0, "per_token": None}
     values = window.take()
     assert values.items() >= ({"loss": 3.0, "skipped_steps": 0} | rates).items()
 
@@ -75,7 +75,7 @@ def test_a_window_of_one_first_step_has_no_rate():
 def test_a_window_cut_in_two_by_a_checkpoint_gives_the_same_loss():
     random.seed(0)
     steps = [
-        {"loss_sum": random.random(), "scored": 3.0, "tokens": 1, "sets": 1, "skipped": index == 4}
+        {"loss_sum": random.random(), "scored": 3.0, "tokens": 1, "sets": 1, "keys": 1, "skipped": index == 4}
         for index in range(9)
     ]
     steps[4]["loss_sum"] = float("nan")

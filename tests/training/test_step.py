@@ -278,6 +278,7 @@ def test_frequency_bias_is_the_share_of_each_gene_among_all_targets():
     ("sections", "words"),
     [
         ({"mesh": {"data": 9}}, "data x fsdp x tensor = 9 x 1 x 1: only 8"),
+        ({"mesh": {"data": -1, "fsdp": 3}}, "fsdp x tensor = 3 x 1: does not divide the 8 cpu devices"),
         ({"mesh": {"data": 3}}, "batch_rows = 8: must be a multiple of the 3 devices of mesh.data$"),
         ({"mesh": {"data": 4}, "training": {"microbatches": 4}}, "microbatches = 2: must be a multiple of the 4"),
         ({"mesh": {"tensor": 4}}, "model.num_heads = 2: must be a multiple of the 4 devices of mesh.tensor"),
