@@ -22,6 +22,7 @@ _CPU_SHAPE: dict[str, Any] = {
     "training": {"batch_rows": 32, "row_length": 256, "segments_per_row": 16},
 }
 _CPU_VOCABULARY, _VOCABULARY = 5_000, 36_000
+_MOST_SETS = 10_000_000
 _CPU_BATCH, _BATCH = 100, 1_000
 _STEPS = {"data": 200, "train": 10, "sample": 10, "checkpoint": 1}
 
@@ -92,6 +93,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(records.as_table(results, earlier and earlier["results"]))
+    if earlier and (unlike := records.differences(record, earlier)):
+        print(f"unlike the earlier record: {'; '.join(unlike)}")
     if options.measure == "train" and results["mfu"] is None:
         print(f"mfu: no peak recorded for {record['device']}")
 
@@ -117,8 +120,12 @@ def _check(options: Options) -> None:
         raise UserError("--vocabulary: is for random sets; leave it out with --corpus")
     if options.vocabulary is not None and not SMALLEST_VOCABULARY <= options.vocabulary <= 2**24:
         raise UserError(f"--vocabulary {options.vocabulary}: must lie between {SMALLEST_VOCABULARY} and {2**24:,}")
+    if options.sets > _MOST_SETS:
+        raise UserError(f"--sets {options.sets}: must be at most {_MOST_SETS:,}")
     if options.json and not options.json.absolute().parent.is_dir():
         raise UserError(f"{options.json}: no such folder; make it first")
+    if options.json and options.json.is_dir():
+        raise UserError(f"{options.json}: is a folder; give a file")
 
 
 if __name__ == "__main__":

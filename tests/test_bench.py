@@ -170,13 +170,29 @@ def test_an_earlier_record_is_compared(tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(record))
     capsys.readouterr()
     run(monkeypatch, "data", "--against", file, *TINY)
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out
+    assert "unlike" not in printed
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     assert lines["result"] == ["median", "min", "max", "earlier", "ratio"]
     assert lines["rows_per_epoch"][-1] == "0.250"
     assert lines["fill"][-1] == "-"
     now, before = (float(lines["useful_tokens_per_second"][place].replace(",", "")) for place in (0, 3))
     assert before == pytest.approx(record["results"]["useful_tokens_per_second"]["median"], abs=1)
     assert float(lines["useful_tokens_per_second"][4]) == pytest.approx(now / before, abs=1e-3)
+
+
+def test_what_an_earlier_record_does_not_share_is_said(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "out.json"
+    run(monkeypatch, "data", "--json", file, *TINY)
+    record = json.loads(file.read_text())
+    record["config"]["training"]["batch_rows"] = 77
+    record["device"] = "TPU v9"
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    run(monkeypatch, "data", "--against", file, *TINY)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("unlike the earlier record: device: cpu, earlier TPU v9; config.training.batch_rows: ")
+    assert last.endswith(", earlier 77")
 
 
 def test_a_run_and_a_corpus_can_be_given(tmp_path, monkeypatch, capsys):
@@ -205,6 +221,8 @@ def test_a_run_and_a_corpus_can_be_given(tmp_path, monkeypatch, capsys):
         (["data", "--config", "nowhere.toml"], "nowhere.toml"),
         (["data", "--against", "nowhere.json"], "nowhere.json: cannot read the earlier record"),
         (["data", "--json", "nowhere/out.json"], "nowhere/out.json: no such folder"),
+        (["data", "--json", "."], ".: is a folder"),
+        (["data", "--sets", 99_999_999_999], "--sets 99999999999: must be at most 10,000,000"),
         (["data", "--training.row-lenght", 9], "--training.row-lenght"),
         (["data", "--training.row-length", 1], "training.row_length = 1"),
     ],
@@ -217,6 +235,9 @@ def test_a_record_of_something_else_is_refused(tmp_path, monkeypatch, capsys):
     file = tmp_path / "out.json"
     file.write_text('{"measure": "train", "results": {}}')
     assert "is of train, not of data" in error_of(monkeypatch, capsys, "data", "--against", file)
+    for results in ("[]", '{"loss": "x"}', '{"loss": {"min": 1}}'):
+        file.write_text(f'{{"measure": "data", "results": {results}}}')
+        assert "not a record" in error_of(monkeypatch, capsys, "data", "--against", file)
     file.write_text("[1]")
     assert "not a record" in error_of(monkeypatch, capsys, "data", "--against", file)
 
@@ -243,6 +264,7 @@ def test_gpu_all_lists_its_parts():
     assert parts == [
         *("attention-tests", "train-cudnn", "train-pallas", "train-xla", "train-cut-points"),
         *("compare-pytorch", "data", "sample", "checkpoint"),
+        *("train-no-triton", "train-no-graphs", "train-triton-any"),
     ]
     # Its commands are ones that the command line takes.
     for line in done.stdout.splitlines():
@@ -265,6 +287,7 @@ def test_gpu_all_goes_on_past_what_fails(tmp_path):
     lines = done.stdout.splitlines()
     failed = [line.removeprefix("failed: ") for line in lines if line.startswith("failed: ")]
     parts = ["attention-tests", "train-xla", "train-cut-points", "compare-pytorch", "data", "sample", "checkpoint"]
+    parts += ["train-no-triton", "train-no-graphs", "train-triton-any"]
     assert failed == [f"{part} (exit 1)" for part in parts]
 
 

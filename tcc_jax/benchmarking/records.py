@@ -16,6 +16,8 @@ import jax
 from tcc_jax.terminal import UserError, table
 from tcc_jax.training.checkpoint import packages
 
+# What must be the same for two times to be compared.
+_SAME = ("device", "num_devices", "processor", "environment", "versions", "corpus", "config", "steps_per_window")
 _SETTINGS = ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
 
 
@@ -57,11 +59,21 @@ def read_record(path: Path, measure: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the earlier record: {error.strerror}") from None
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not {"measure", "results"} <= record.keys():
+    results = record.get("results") if isinstance(record, dict) else None
+    if not isinstance(results, dict) or "measure" not in record or not all(map(_is_result, results.values())):
         raise UserError(f"{path}: not a record of python -m tcc_jax.bench; give a file that its --json wrote")
     if record["measure"] != measure:
         raise UserError(f"{path}: is of {record['measure']}, not of {measure}; compare like with like")
     return record
+
+
+def differences(record: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """Return what two records do not share besides their times, such as `config.model.width: 128, earlier 64`."""
+    now, before = _flat(record), _flat(earlier)
+    names = [name for name in now | before if name.split(".")[0] in _SAME]
+    return [
+        f"{name}: {now.get(name)}, earlier {before.get(name)}" for name in names if now.get(name) != before.get(name)
+    ]
 
 
 def as_table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> str:
@@ -77,6 +89,18 @@ def as_table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> 
             row += [_rounded(before), f"{now / before:.3f}" if now is not None and before else "-"]
         rows.append(row)
     return table(header, rows)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _is_result(result: Any) -> bool:
+    middle = _middle(result) if not isinstance(result, dict) or "median" in result else ""
+    return middle is None or isinstance(middle, int | float)
 
 
 def _middle(result: Any) -> float | None:
