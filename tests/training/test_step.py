@@ -1,5 +1,8 @@
 """One step: the same on any number of devices, and it learns."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from tcc_jax.config import OptimizerConfig
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
+from tcc_jax.training.ahead import abstract_batch
 from tcc_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, muon_labels, parameter_path
 from tcc_jax.training.sharding import make_mesh, partition, rows_here, shard_batch
 from tcc_jax.training.state import abstract_state, create_state, frequency_bias
@@ -102,6 +106,34 @@ def test_how_a_step_is_computed_does_not_change_it(sections):
     model = {"num_layers": 3, "num_heads": 2}
     expected = take_steps(small_config(model=model), 2)
     assert_same_numbers(take_steps(small_config(model=model, **sections), 2), expected)
+
+
+def traced(**sections):
+    """Return a step as JAX traced it, as text, and the most numbers that an array in it has."""
+    config = small_config(model={"num_layers": 3}, objective={"cut_points": 0}, **sections)
+    mesh = make_mesh(config)
+    step = make_train_step(config, SIZE, mesh).trace(abstract_state(config, SIZE, mesh), abstract_batch(config, mesh))
+    shapes = re.findall(r"\[([0-9,]+)\]", text := str(step.jaxpr))
+    return text, max(math.prod(map(int, shape.split(","))) for shape in shapes if "," in shape)
+
+
+def test_a_step_is_computed_as_asked():
+    plain, most = traced()
+    assert "remat" not in plain
+    dots, full = (traced(compute={"remat": remat})[0] for remat in ("dots", "full"))
+    assert "policy=None" in full and "policy=None" not in dots and "remat" in dots
+    assert traced(compute={"scan_layers": True})[0].count("scan[") == plain.count("scan[") + 2
+    # Logits of all positions, or of 16 at a time.
+    assert most == 8 * 32 * 128
+    assert traced(compute={"logits_tile": 16})[1] < most
+
+
+def test_a_step_takes_the_memory_of_the_state_it_is_given():
+    config = small_config()
+    mesh = make_mesh(config)
+    state = create_state(config, SIZE, None, mesh)
+    make_train_step(config, SIZE, mesh)(state, shard_batch(pack(random_rows(0, 8, 32, SIZE), 32, 6), mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`python -m tcc_jax.train`: one line for a mistake, and no wait for JAX before it."""
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -11,13 +12,14 @@ from tcc_jax.terminal import UserError, command, log
 from tests.training.corpora import write_small_corpus
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, environment=None):
     return subprocess.run(
         [sys.executable, "-m", "tcc_jax.train", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
+        env=environment,
     )
 
 
@@ -72,11 +74,16 @@ def test_a_run_from_its_toml_with_an_override(tmp_path):
         data = 1
         """
     )
-    result = run("run.toml", "--run.directory", "here", "--training.steps", 2, cwd=tmp_path)
+    environment = {name: text for name, text in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    arguments = ("run.toml", "--run.directory", "here", "--training.steps", 2)
+    result = run(*arguments, cwd=tmp_path, environment=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert "49 training sets" in result.stderr
     assert (tmp_path / "here" / "checkpoints" / "2").is_dir()
+    # The next run finds what this one compiled.
+    assert list((tmp_path / "cache" / "tcc_jax" / "compilations").glob("jit_train_step-*"))
     bad = run("run.toml", "--run.directory", "there", "--mesh.data", 3, cwd=tmp_path)
     assert bad.returncode == 2
     assert bad.stderr == "error: training.batch_rows = 8: must be a multiple of the 3 devices of mesh.data\n"
