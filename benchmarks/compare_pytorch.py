@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,8 +65,12 @@ def main() -> None:
     if options.serve:
         serve()
         return
-    if not options.json:
-        parser.error("--json is needed")
+    if not options.json or not Path(options.json).absolute().parent.is_dir():
+        parser.error("--json is needed, a file in a folder that is there")
+    if min(options.windows, options.steps or 1, *options.parts) < 1:
+        parser.error("--windows, --steps and --parts must be at least 1")
+    if not shutil.which(options.torch_python):
+        parser.error(f"--torch-python {options.torch_python}: no such program")
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         # Read when a process starts, so this one starts again.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
