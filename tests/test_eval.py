@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -221,6 +222,17 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
         "skipped awkward/one gene: 1 of its 2 genes in the vocabulary; 2 are needed",
         "skipped awkward/none: 0 of its 2 genes in the vocabulary; 2 are needed",
     ]
+
+
+def test_the_report_is_in_place_before_it_is_printed(folder, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--checkpoint", folder / "run", "--out", folder / "closed", "--split", "validation")
+    assert stop.value.code == 141 and (folder / "closed/report.json").exists()
 
 
 def test_same_input_gives_the_same_bytes(folder, monkeypatch):
