@@ -246,7 +246,12 @@ def test_no_row_is_sorted_whole_for_its_highest_values(size):
     assert not [line for line in program.splitlines() if " sort(" in line and f"[4,{size}]" in line]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 0.5},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_be_used(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
