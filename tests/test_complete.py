@@ -7,6 +7,7 @@ import pytest
 
 import tcc_jax
 from tcc_jax import complete as command
+from tcc_jax.completion.sampler import Sampling
 from tcc_jax.corpus.store import open_corpus
 from tests.completion.tiny import make_corpus, make_run, write_hgnc
 
@@ -173,6 +174,28 @@ def test_sampling_and_background(folder, monkeypatch, capsys):
     assert "background.txt: 3 genes; 1 others" in shown.err
     run(monkeypatch, folder, *arguments)
     assert capsys.readouterr().out == shown.out
+
+
+def test_options_reach_the_model(folder, monkeypatch, capsys):
+    model, genes, drawn = tcc_jax.load(folder / "run"), ["G3", "G44", "G25"], ["--decode", "sample"]
+
+    def proposals(*flags):
+        run(monkeypatch, folder, *genes, *flags)
+        return [tuple(line.split("\t")[2:]) for line in capsys.readouterr().out.splitlines()[1:]]
+
+    found = {"ranked": proposals(), "drawn": proposals(*drawn)}
+    for flag, value, settings in (
+        ("--permutations", "5", {"permutations": 5}),
+        ("--seed", "1", {"sampling": Sampling(seed=1)}),
+        ("--temperature", "0.1", {"sampling": Sampling(temperature=0.1)}),
+        ("--top-k", "2", {"sampling": Sampling(top_k=2)}),
+        ("--top-p", "0.1", {"sampling": Sampling(top_p=0.1)}),
+        ("--stop-at-end", "", {"sampling": Sampling(stop_at_end=True)}),
+    ):
+        found[flag] = proposals(*(drawn if "sampling" in settings else []), flag, *value.split())
+        expected = model.complete(genes, **settings)
+        assert found[flag] == [(one.symbol, f"{one.probability:.6g}") for one in expected], flag
+    assert len(set(map(tuple, found.values()))) == len(found)
 
 
 def test_why(folder, monkeypatch, capsys):

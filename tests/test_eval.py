@@ -95,6 +95,10 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     recall = [row["metrics"]["recall"]["mean"] for row in report["methods"]]
     assert [row["recall"] for row in curves["noise"]][: len(names)] == recall
     assert [row["recall"] for row in curves["sweep"]][2 * len(names) : 3 * len(names)] == recall
+    # In sets of this size 5 and 10 % are one gene.
+    for name, different in (("sweep", 4), ("noise", 3)):
+        recalls = [row["recall"] for row in curves[name]]
+        assert len({tuple(recalls[at : at + len(names)]) for at in range(0, len(recalls), len(names))}) == different
     shown = capsys.readouterr().out
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
 
