@@ -25,12 +25,12 @@ def test_what_a_signal_says_while_arguments_are_parsed_is_printed(monkeypatch, c
     assert capsys.readouterr().err == "SIGTERM: stopped\n"
 
 
-def outcome(main, **settings):
+def outcome(main, redirection="", stdout=subprocess.PIPE):
     """Run a command whose body is `main`, its output buffered as in a shell; return its status and what it says."""
     code = f"import sys\nfrom tcc_jax.terminal import UserError, command\n@command\ndef main():\n    {main}\nmain()"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    settings = {"stdout": subprocess.PIPE, **settings}
-    shown = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, **settings)
+    shell = ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code]
+    shown = subprocess.run(shell, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
     return shown.returncode, shown.stderr
 
 
@@ -45,6 +45,6 @@ def test_output_that_nobody_reads_or_that_does_not_fit(main):
 
 
 def test_closed_standard_streams_are_empty():
-    assert outcome("print(len(sys.stdin.buffer.read()), file=sys.stderr)", preexec_fn=lambda: os.close(0)) == (0, "0\n")
-    assert outcome("print(sys.stdout.isatty(), file=sys.stderr)", preexec_fn=lambda: os.close(1)) == (0, "False\n")
-    assert outcome("raise UserError('mistake')", preexec_fn=lambda: os.close(2)) == (2, "")
+    assert outcome("print(len(sys.stdin.buffer.read()), file=sys.stderr)", "<&-") == (0, "0\n")
+    assert outcome("print(sys.stdout.isatty(), file=sys.stderr)", ">&-") == (0, "False\n")
+    assert outcome("raise UserError('mistake')", "2>&-") == (2, "")
