@@ -115,6 +115,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]
         words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
         words = re.sub("^.*?-{8,} +|-{8,} *", "", words)
+        # What went wrong stands before the types that were tried and the option's help.
+        words = re.sub(r"\.? *((Got errors|Argument helptext):.*)?For full helptext, (see|run):? ", "; see ", words)
         raise UserError(words or "wrong arguments; see --help") from None
 
 

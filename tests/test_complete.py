@@ -33,7 +33,7 @@ def fails(monkeypatch, capsys, folder, *arguments):
         run(monkeypatch, folder, *arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
+    assert error.startswith("error: ") and "\n" not in error and "helptext" not in error
     return error
 
 
@@ -69,9 +69,14 @@ def test_no_known_gene(folder, monkeypatch, capsys):
     [
         ([], "no gene"),
         (["G1", "--number", "0"], "--number"),
-        (["G1", "--number", "x"], "number"),
+        (["G1", "--number", "x"], "--number: invalid literal for int() with base 10: 'x'; see python"),
         (["G1", "--permutations", "0"], "--permutations"),
         (["G1", "--decode", "sample", "--top-p", "2"], "top_p = 2.0"),
+        (["G1", "--temperature", "0"], "--temperature goes with --decode sample"),
+        (["G1", "--top-k", "5"], "--top-k goes with --decode sample"),
+        (["G1", "--top-p", "0.5"], "--top-p goes with --decode sample"),
+        (["G1", "--stop-at-end"], "--stop-at-end goes with --decode sample"),
+        (["G1", "--permutations", "2", "--decode", "sample"], "--permutations goes with --decode rank"),
         (["G1", "--seed", "-1"], "seed"),
         (["G1", "--mixture", "--decode", "sample"], "--mixture"),
         (["G1", "--mixture", "--corpus", "nowhere"], "nowhere"),

@@ -292,6 +292,7 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--ease-penalty", "0"], "--ease-penalty"),
         (["--autoencoder-steps", "0"], "--autoencoder-steps"),
         (["--limit", "0"], "--limit"),
+        (["--knn", "5"], "--knn: no type matching {None}|{INT FLOAT} could be instantiated from ['5']; see python"),
         (["--knn", "0", "3"], "--knn"),
         (["--knn", "500", "0"], "--knn"),
         (["--background", "missing.txt"], "missing.txt"),
