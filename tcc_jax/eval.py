@@ -16,7 +16,9 @@ def main() -> None:
     from tcc_jax.completion.evaluate import evaluate
 
     with atomic_folder(options.out, replace=options.overwrite) as folder:
-        print(evaluate(options, folder).text())
+        report = evaluate(options, folder)
+    # Only now: a reader that has seen enough must not cost a finished evaluation.
+    print(report.text())
     log(f"report in {options.out}")
 
 

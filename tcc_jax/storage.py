@@ -164,32 +164,39 @@ def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Write a file of this machine so that it appears whole or not at all.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; one that is there is replaced, a link's target instead of the link. A pipe or a device, which a
+            rename would remove, is written to as it is.
         durable: put it on the disk before it takes the place of the old one, and its name before this returns.
 
     Yields:
-        A path beside it to write to, moved into place in one rename when the block ends.
+        A path to write to: one beside it, moved into place in one rename when the block ends.
 
     Raises:
         OSError: it cannot be written; its `filename` is `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    # /dev/stdout and the like resolve to no path of theirs: these are asked for, and written, as they are named.
+    in_place = path.exists() and not path.is_file()
+    temporary = path if in_place else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if in_place:
+            return
         if durable:
             put_on_disk(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         if durable:
-            put_on_disk(path.parent)
+            put_on_disk(target.parent)
     except OSError as error:
         # A full disk is reported without a name; an error without a number has words of its own.
         if error.errno and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not in_place:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str, *, durable: bool = True) -> None:

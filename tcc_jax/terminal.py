@@ -33,7 +33,8 @@ class UserError(Exception):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a command's `main`: a user's mistake prints one line on standard error and exits with 2, no traceback.
 
-    SIGTERM and SIGHUP, as SIGINT does, unwind the command, so that nothing half-written stays behind.
+    SIGTERM and SIGHUP, as SIGINT does, unwind the command, so that nothing half-written stays behind. A standard stream
+    that is closed is an empty one.
     """
 
     @functools.wraps(main)
@@ -41,13 +42,18 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored: leave it so
                 signal.signal(number, _leave)
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         try:
-            main()
+            try:
+                main()
+            finally:
+                _flush()
         except UserError as error:
             _fail(str(error))
         except BrokenPipeError:
-            # Whoever read our output has enough of it; the interpreter must not complain at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever read our output has enough of it.
             raise SystemExit(128 + signal.SIGPIPE) from None
         except OSError as error:
             # Unwritable, full or missing places: the system's own words, with the file they are about.
@@ -58,6 +64,15 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             raise SystemExit(130) from None
 
     return run
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What could not be printed stays in the buffer, and the interpreter must not complain of it at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _leave(number: int, frame: object) -> None:
@@ -100,6 +115,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         drawn = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in captured.getvalue().splitlines()]
         words = " ".join(line.strip("│╰╯─ ") for line in drawn if not line.startswith("╭"))
         words = re.sub("^.*?-{8,} +|-{8,} *", "", words)
+        # What went wrong stands before the types that were tried and the option's help.
+        words = re.sub(r"\.? *((Got errors|Argument helptext):.*)?For full helptext, (see|run):? ", "; see ", words)
         raise UserError(words or "wrong arguments; see --help") from None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import tcc_jax
 from tcc_jax import complete as command
+from tcc_jax.completion.sampler import Sampling
 from tcc_jax.corpus.store import open_corpus
 from tests.completion.tiny import make_corpus, make_run, write_hgnc
 
@@ -32,7 +33,7 @@ def fails(monkeypatch, capsys, folder, *arguments):
         run(monkeypatch, folder, *arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
+    assert error.startswith("error: ") and "\n" not in error and "helptext" not in error
     return error
 
 
@@ -68,9 +69,14 @@ def test_no_known_gene(folder, monkeypatch, capsys):
     [
         ([], "no gene"),
         (["G1", "--number", "0"], "--number"),
-        (["G1", "--number", "x"], "number"),
+        (["G1", "--number", "x"], "--number: invalid literal for int() with base 10: 'x'; see python"),
         (["G1", "--permutations", "0"], "--permutations"),
         (["G1", "--decode", "sample", "--top-p", "2"], "top_p = 2.0"),
+        (["G1", "--temperature", "0"], "--temperature goes with --decode sample"),
+        (["G1", "--top-k", "5"], "--top-k goes with --decode sample"),
+        (["G1", "--top-p", "0.5"], "--top-p goes with --decode sample"),
+        (["G1", "--stop-at-end"], "--stop-at-end goes with --decode sample"),
+        (["G1", "--permutations", "2", "--decode", "sample"], "--permutations goes with --decode rank"),
         (["G1", "--seed", "-1"], "seed"),
         (["G1", "--mixture", "--decode", "sample"], "--mixture"),
         (["G1", "--mixture", "--corpus", "nowhere"], "nowhere"),
@@ -173,6 +179,28 @@ def test_sampling_and_background(folder, monkeypatch, capsys):
     assert "background.txt: 3 genes; 1 others" in shown.err
     run(monkeypatch, folder, *arguments)
     assert capsys.readouterr().out == shown.out
+
+
+def test_options_reach_the_model(folder, monkeypatch, capsys):
+    model, genes, drawn = tcc_jax.load(folder / "run"), ["G3", "G44", "G25"], ["--decode", "sample"]
+
+    def proposals(*flags):
+        run(monkeypatch, folder, *genes, *flags)
+        return [tuple(line.split("\t")[2:]) for line in capsys.readouterr().out.splitlines()[1:]]
+
+    found = {"ranked": proposals(), "drawn": proposals(*drawn)}
+    for flag, value, settings in (
+        ("--permutations", "5", {"permutations": 5}),
+        ("--seed", "1", {"sampling": Sampling(seed=1)}),
+        ("--temperature", "0.1", {"sampling": Sampling(temperature=0.1)}),
+        ("--top-k", "2", {"sampling": Sampling(top_k=2)}),
+        ("--top-p", "0.1", {"sampling": Sampling(top_p=0.1)}),
+        ("--stop-at-end", "", {"sampling": Sampling(stop_at_end=True)}),
+    ):
+        found[flag] = proposals(*(drawn if "sampling" in settings else []), flag, *value.split())
+        expected = model.complete(genes, **settings)
+        assert found[flag] == [(one.symbol, f"{one.probability:.6g}") for one in expected], flag
+    assert len(set(map(tuple, found.values()))) == len(found)
 
 
 def test_why(folder, monkeypatch, capsys):

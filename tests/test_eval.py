@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -94,6 +95,10 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     recall = [row["metrics"]["recall"]["mean"] for row in report["methods"]]
     assert [row["recall"] for row in curves["noise"]][: len(names)] == recall
     assert [row["recall"] for row in curves["sweep"]][2 * len(names) : 3 * len(names)] == recall
+    # In sets of this size 5 and 10 % are one gene.
+    for name, different in (("sweep", 4), ("noise", 3)):
+        recalls = [row["recall"] for row in curves[name]]
+        assert len({tuple(recalls[at : at + len(names)]) for at in range(0, len(recalls), len(names))}) == different
     shown = capsys.readouterr().out
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
 
@@ -130,26 +135,29 @@ def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
     assert (row["visible"], row["hits"], row["drawn"]) == ("54", "6", "6")
 
 
-def tcc_files(folder, name):
+def tcc_files(folder, name, universe=100):
     sets = {"first": "G1 G2 NOPE G3 G4 G5", "nothing drawn": "G7 G8 G9", "unknown": "NOPE G3 G4 NOPE2"}
     lines = [f"{set_name}\tTheLibrary\t" + "\t".join(genes.split()) for set_name, genes in sets.items()]
     (folder / f"{name}.gmt").write_text("\n".join(lines) + "\n")
     rows = [
         "name\thits\tmissed\textra\tneither",
-        "first\t1\t2\t5\t92",
-        "nothing drawn\t0\t2\t0\t98",
-        "unknown\t3\t0\t4\t93",
+        f"first\t1\t2\t5\t{universe - 8}",
+        f"nothing drawn\t0\t2\t0\t{universe - 2}",
+        f"unknown\t3\t0\t4\t{universe - 7}",
     ]
     (folder / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     return ("--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / f"{name}.gmt",
             "--protocol", "tcc", "--drawn-counts", folder / f"{name}.tsv", "--out", folder / name)  # fmt: skip
 
 
-@pytest.mark.parametrize(("drawn", "counts"), [("recorded", [6, 0, 7]), ("hidden", [3, 2, 3])])
-def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts):
-    arguments = tcc_files(folder, f"tcc-{drawn}")
+@pytest.mark.parametrize(
+    ("drawn", "counts", "universe"),
+    [("recorded", [6, 0, 7], 100), ("hidden", [3, 2, 3], 100), ("hidden", [3, 2, 3], 60)],
+)
+def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts, universe):
+    arguments = tcc_files(folder, f"tcc-{drawn}-{universe}", universe)
     run(monkeypatch, *arguments, "--drawn", drawn, "--library-from", "description")
-    out = folder / f"tcc-{drawn}"
+    out = folder / f"tcc-{drawn}-{universe}"
     report, rows = json.loads((out / "report.json").read_text()), read_table(out / "per_set.tsv")
     assert [int(row["drawn"]) for row in rows] == counts and [int(row["hidden"]) for row in rows] == [3, 2, 3]
     assert [int(row["visible"]) for row in rows] == [2, 1, 0] and {row["library"] for row in rows} == {"TheLibrary"}
@@ -157,8 +165,9 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts):
         assert float(rows[1]["log10_p"]) == 0 and rows[1]["recall"] == "0"
         assert "1 sets, for which the original drew nothing, have p = 1" in " ".join(report["notes"])
     shown = capsys.readouterr().out
-    assert "universe of 100 is padded" in shown
-    # 3 of 3 hidden genes with 7 drawn from 100: p = 2e-4; the others are not.
+    assert f"the recorded universe is {universe}, and 60 genes can be drawn" in shown
+    assert ("padding lowers every p" in shown) == (universe > 60)
+    # 3 of 3 hidden genes with 7 drawn from 100: p = 2e-4 (from 60: 1e-3); the others are not.
     assert "the recorded tables: 1 of 3 sets significant at 0.05, recall 0.444" in shown
     completed = [line.split("\t") for line in (out / "completions.gmt").read_text().splitlines()]
     assert [len(line) - 2 for line in completed] == [count for count in counts if count]
@@ -223,6 +232,17 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     ]
 
 
+def test_the_report_is_in_place_before_it_is_printed(folder, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--checkpoint", folder / "run", "--out", folder / "closed", "--split", "validation")
+    assert stop.value.code == 141 and (folder / "closed/report.json").exists()
+
+
 def test_same_input_gives_the_same_bytes(folder, monkeypatch):
     for name in ("first", "second"):
         run(monkeypatch, "--checkpoint", folder / "run", "--out", folder / name, "--split", "validation")
@@ -272,6 +292,7 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--ease-penalty", "0"], "--ease-penalty"),
         (["--autoencoder-steps", "0"], "--autoencoder-steps"),
         (["--limit", "0"], "--limit"),
+        (["--knn", "5"], "--knn: no type matching {None}|{INT FLOAT} could be instantiated from ['5']; see python"),
         (["--knn", "0", "3"], "--knn"),
         (["--knn", "500", "0"], "--knn"),
         (["--background", "missing.txt"], "missing.txt"),

@@ -1,9 +1,11 @@
 """Paths of this machine and of a bucket do the same, and whatever is wrong with a bucket is told in one line."""
 
 import hashlib
+import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, durable):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert caught.value.filename == str(path)
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("status.json", "old")]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in (("link", "elsewhere/old"), ("dangling", "elsewhere/new")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "elsewhere/old").write_text("old")
+    replace_text(tmp_path / "link", "1")
+    replace_text(tmp_path / "dangling", "2")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "dangling").is_symlink()
+    assert {file.name: file.read_text() for file in (tmp_path / "elsewhere").iterdir()} == {"old": "1", "new": "2"}
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    (tmp_path / "link").symlink_to(path)
+    for name in ("pipe", "link"):
+        found = []
+        reader = threading.Thread(target=lambda found=found: found.append(path.read_text()), daemon=True)
+        reader.start()
+        replace_text(tmp_path / name, "through")
+        reader.join(10)
+        assert found == ["through"] and path.is_fifo() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]

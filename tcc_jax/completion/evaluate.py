@@ -228,10 +228,11 @@ def _notes(options: EvaluateOptions, sets: list[MaskedSet], candidates: int, cut
     if options.protocol == "tcc":
         nothing = sum(not one.drawn_count for one in sets)
         missed = sum(one.hidden_count - len(one.hidden) for one in sets)
-        notes.append(
-            f"protocol tcc: the recorded universe of {sets[0].universe:,} is padded, only {candidates:,} genes can be "
-            "drawn: even random genes come out significant in some sets, so read the baselines beside the model"
-        )
+        universe = max(one.universe for one in sets)
+        note = f"protocol tcc: the recorded universe is {universe:,}, and {candidates:,} genes can be drawn"
+        if universe > candidates:
+            note += "; such padding lowers every p, so read the baselines beside the model"
+        notes.append(note)
         notes.append(f"{missed:,} hidden genes are outside the vocabulary or written twice; they count as missed")
         if nothing:
             notes.append(f"{nothing:,} sets, for which the original drew nothing, have p = 1 and stay")

@@ -28,7 +28,7 @@ def cached(folder: str | Path, name: str, settings: dict[str, Any], fit: Callabl
         folder: where the files are; made if needed.
         name: of the baseline.
         settings: JSON values that decide the result, the corpus hash among them.
-        fit: makes the arrays. A file that is damaged is made again.
+        fit: makes the arrays. A file that is damaged is made again; one that can't be written is done without.
     """
     description = json.dumps(settings, sort_keys=True)
     path = Path(folder) / f"{name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}.npz"
@@ -41,9 +41,12 @@ def cached(folder: str | Path, name: str, settings: dict[str, Any], fit: Callabl
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         log(f"{path}: damaged; fitted again")
     arrays = fit()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, open(temporary, "wb") as binary:
-        np.savez(binary, allow_pickle=False, settings=np.array(description), **arrays)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, open(temporary, "wb") as binary:
+            np.savez(binary, allow_pickle=False, settings=np.array(description), **arrays)
+    except OSError as error:
+        log(f"{path}: cannot be kept for the next time: {error.strerror or error}")
     return arrays
 
 

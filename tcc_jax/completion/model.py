@@ -145,8 +145,8 @@ class Model:
         candidates_V = None if background is None else self.background(_checked(background))
         single = not _is_list(genes) or all(isinstance(one, str) for one in genes)
         prompts = [self._ids(_checked(symbols), skip_unknown) for symbols in ([genes] if single else genes)]
-        queries = ((prompt, number) for prompt in prompts)
-        found = self.propose(queries, self.scorer(permutations), sampling, candidates_V)
+        queries = ((prompt, int(number)) for prompt in prompts)
+        found = self.propose(queries, self.scorer(int(permutations)), sampling, candidates_V)
         completions = [self.records(ids, shares) for ids, shares in found]
         return completions[0] if single else completions
 

@@ -160,6 +160,11 @@ class CompleteOptions:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.mixture and (self.decode == "sample" or self.permutations > 1):
             raise UserError("--mixture ranks by one pass; leave out --decode sample and --permutations")
+        sampling = ("temperature", "top_k", "top_p", "stop_at_end")
+        other, ignored = ("rank", ("permutations",)) if self.decode == "sample" else ("sample", sampling)
+        for name in ignored:
+            if getattr(self, name) != getattr(CompleteOptions, name):
+                raise UserError(f"--{name.replace('_', '-')} goes with --decode {other}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
         if self.out is not None and Path(self.out).is_dir():

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Up to here every count is exact in float32.
+LARGEST_UNIVERSE = 2**24
 _TERMS_PER_STEP = 8
 _SERIES_TERMS = 13
 # log(m!) - m log(m) + m for the first integers, where Stirling's series is not yet accurate.
@@ -25,7 +27,7 @@ def log_fisher_greater(hits: jax.Array, drawn: jax.Array, hidden: jax.Array, uni
     The probability of the table itself comes from the saddle-point form of C. Loader, "Fast and accurate computation of
     binomial probabilities" (2000), as in R's `dhyper`; the tail from its term ratios. Up to the mean the tail is taken
     as the complement of the lower one. The error in log10 p is under max(1e-4, 1e-5 x |log10 p|) for universes up to
-    1,000,000. The four counts broadcast; `universe` is at most 2**24, so that every count is exact in float32.
+    1,000,000. The four counts broadcast; `universe` is at most `LARGEST_UNIVERSE`.
 
     Args:
         hits: [n] int32, drawn genes that are hidden genes.

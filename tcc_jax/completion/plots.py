@@ -13,9 +13,19 @@ import numpy as np
 if TYPE_CHECKING:
     from tcc_jax.completion.report import Report
 
-# Okabe & Ito's colours, which colour-blind readers tell apart, one for each method; the marks differ in shape as well.
-_COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-_MARKS = ("o", "s", "x", "^", "D", "v", "P", "*")
+# Colour and mark of each method, the same in every report. The colours are Okabe & Ito's, which colour-blind readers
+# tell apart; the marks differ in shape as well.
+_STYLES = {
+    "model": ("#0072B2", "o"),
+    "popularity": ("#E69F00", "s"),
+    "random": ("#999999", "x"),
+    "set-kNN": ("#009E73", "^"),
+    "relevance": ("#CC79A7", "D"),
+    "EASE": ("#D55E00", "v"),
+    "auto-encoder": ("#56B4E9", "P"),
+    "mixture": ("#000000", "*"),
+}
+_OTHER_STYLE = ("#F0E442", ".")
 _TICKS = (0, 0.5, *(digit * 10**power for power in range(5) for digit in (1, 2, 5)))
 _LIBRARIES_SHOWN = 10
 _NAME_SHOWN = 40
@@ -51,7 +61,7 @@ def draw_plots(report: Report, folder: Path) -> list[Plot]:
 
     intervals, count = "with bootstrap 95 % intervals over sets.", len(report.outcomes)
     overlap = "Overlap of drawn and hidden genes, set by set, each method in its own order."
-    draw("significance", overlap, (8, 5), _significance)
+    draw("significance", overlap, (8, 4.7 + 0.1 * count), _significance)
     draw("recall", f"Mean recall of each method, {intervals}", (8, 1.2 + 0.4 * count), _recall)
     for key, what in (("by_hidden_count", "number of hidden genes"), ("by_library", "library")):
         names = list(dict.fromkeys(row["subset"] for row in report.subsets[key]))[:_LIBRARIES_SHOWN]
@@ -74,11 +84,12 @@ def _significance(report: Report, figure: Any) -> None:
     axes = figure.add_subplot()
     ranks = np.arange(1, len(report.sets) + 1)
     # The model is drawn last, on top.
-    for place, outcome in reversed(list(enumerate(report.outcomes))):
+    for outcome in reversed(report.outcomes):
         heights = np.sort(np.maximum(-outcome.log_adjusted_p[0] / math.log(10), 0.0))[::-1]
         count = int(outcome.significant(report.alpha)[0].sum())
-        colour = np.array(to_rgb(_COLOURS[place % len(_COLOURS)]))
-        style: dict[str, Any] = {"marker": _MARKS[place % len(_MARKS)], "markersize": 5, "linewidth": 1.2}
+        name, mark = _STYLES.get(outcome.method, _OTHER_STYLE)
+        colour = np.array(to_rgb(name))
+        style: dict[str, Any] = {"marker": mark, "markersize": 5, "linewidth": 1.2}
         # A mark for some sets only, on a line through all: methods that lie close stay apart.
         style["markevery"] = max(1, len(ranks) // 25)
         label = f"{outcome.method}: {count:,} of {len(ranks):,} significant"
@@ -100,14 +111,14 @@ def _significance(report: Report, figure: Any) -> None:
     axes.set_ylabel("-log10 of the adjusted p-value")
     axes.set_title("Overlap of drawn and hidden genes; pale: not significant")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False)
 
 
 def _recall(report: Report, figure: Any) -> None:
     axes = figure.add_subplot()
     for place, row in enumerate(report.methods):
         recall = row["metrics"]["recall"]
-        _point(axes, recall["mean"], recall["low"], recall["high"], place, place, label=None)
+        _point(axes, recall["mean"], recall["low"], recall["high"], place, row["method"], label=None)
         axes.annotate(
             f"{recall['mean']:.3f}", (recall["high"], place), xytext=(6, 0), textcoords="offset points", va="center"
         )
@@ -126,7 +137,7 @@ def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequ
         for row in chosen:
             height = names.index(row["subset"]) + (place - (count - 1) / 2) * 0.7 / count
             label = outcome.method if row is chosen[0] else None
-            _point(axes, row["recall"], row["low"], row["high"], height, place, label)
+            _point(axes, row["recall"], row["low"], row["high"], height, outcome.method, label)
     sizes = {row["subset"]: row["sets"] for row in rows}
     shown = [name if len(name) <= _NAME_SHOWN else name[: _NAME_SHOWN - 1] + "…" for name in names]
     _rows_of(axes, [f"{text}\n{sizes[name]:,} sets" for text, name in zip(shown, names, strict=True)])
@@ -139,12 +150,12 @@ def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequ
 def _curve(report: Report, figure: Any, rows: Sequence[dict[str, Any]], label: str) -> None:
     axes = figure.add_subplot()
     shares = [100 * share for share in dict.fromkeys(row["share"] for row in rows)]
-    for place, outcome in enumerate(report.outcomes):
+    for outcome in report.outcomes:
         points = [row for row in rows if row["method"] == outcome.method]
         means, low, high = (np.array([row[key] for row in points]) for key in ("recall", "low", "high"))
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour, mark = _STYLES.get(outcome.method, _OTHER_STYLE)
         axes.errorbar(
-            shares, means, (means - low, high - means), color=colour, marker=_MARKS[place % len(_MARKS)],
+            shares, means, (means - low, high - means), color=colour, marker=mark,
             capsize=3, markersize=5, linewidth=1.2, label=outcome.method,
         )  # fmt: skip
     axes.set_ylim(bottom=0)
@@ -164,7 +175,7 @@ def _calibration(report: Report, figure: Any) -> None:
     expected, frequency = calibration.expected[enough], calibration.frequency[enough]
     low, high = _wilson(frequency, calibration.genes[enough])
     axes.errorbar(
-        expected, frequency, np.maximum((frequency - low, high - frequency), 0), color=_COLOURS[0],
+        expected, frequency, np.maximum((frequency - low, high - frequency), 0), color=_STYLES["model"][0],
         marker="o", markersize=5, linestyle="none", capsize=3, label="genes of all sets, binned; 95 % interval",
     )  # fmt: skip
     ends = [min(expected.min(), frequency.min()), max(1.0, expected.max())]
@@ -184,10 +195,11 @@ def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 
-def _point(axes: Any, value: float, low: float, high: float, height: float, place: int, label: str | None) -> None:
+def _point(axes: Any, value: float, low: float, high: float, height: float, method: str, label: str | None) -> None:
+    colour, mark = _STYLES.get(method, _OTHER_STYLE)
     axes.errorbar(
-        [value], [height], xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=_COLOURS[place % len(_COLOURS)],
-        marker=_MARKS[place % len(_MARKS)], markersize=5, capsize=3, linestyle="none", label=label,
+        [value], [height], xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=colour,
+        marker=mark, markersize=5, capsize=3, linestyle="none", label=label,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tcc_jax.completion.overlap import LARGEST_UNIVERSE
 from tcc_jax.completion.sets import OUTSIDE, KnownSet
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError
@@ -160,11 +161,11 @@ def read_drawn_counts(path: str | Path, sets: Sequence[KnownSet]) -> list[DrawnC
         sets: the sets it must list, in this order.
 
     Raises:
-        UserError: no such file, other columns, a count that is no number, other sets or another order; the message
-            names the line.
+        UserError: no such file, other columns, a count that is no number, too large a universe, other sets or another
+            order; the message names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of drawn counts") from None
     except UnicodeDecodeError:
@@ -190,7 +191,10 @@ def read_drawn_counts(path: str | Path, sets: Sequence[KnownSet]) -> list[DrawnC
                 "both must list the same sets in the same order"
             )
         hits, missed, extra, neither = map(int, numbers)
-        counts.append(DrawnCounts(hits, hits + extra, hits + missed, hits + missed + extra + neither, number))
+        universe = hits + missed + extra + neither
+        if universe > LARGEST_UNIVERSE:
+            raise UserError(f"{path}: line {number}: universe {universe:,}; at most {LARGEST_UNIVERSE:,} can be tested")
+        counts.append(DrawnCounts(hits, hits + extra, hits + missed, universe, number))
     if len(counts) < len(sets):
         raise UserError(
             f"{path}: line {len(lines) + 1}: ends after {len(counts):,} sets, the GMT files hold {len(sets):,}"

@@ -50,12 +50,12 @@ class Sampling:
         """Raise `UserError` naming the first value that can't be used."""
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature = {self.temperature}: must be 0 (greedy) or a positive number")
-        if self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k}: must be at least 1")
+        if not isinstance(self.top_k, int | np.integer) or self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k}: must be a whole number of at least 1")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed = {self.seed}: must lie between 0 and {2**32 - 1}")
+        if not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed}: must be a whole number between 0 and {2**32 - 1}")
 
 
 class Sampler:
@@ -177,7 +177,7 @@ class Sampler:
             make = jax.jit(empty_cache, static_argnums=(0, 1, 2), out_shardings=place)
             cache = make(config, rows, length + most)
         greedy = sampling.temperature == 0
-        options = _Options(most, 1 if greedy else min(sampling.top_k, len(allowed_V)), sampling.stop_at_end)
+        options = _Options(most, 1 if greedy else min(int(sampling.top_k), len(allowed_V)), sampling.stop_at_end)
         warmth = np.array([1.0 if greedy else sampling.temperature, sampling.top_p], np.float32)
         if self._rows_sharding is not None:
             batch = jax.device_put(batch, self._rows_sharding)

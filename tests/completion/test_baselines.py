@@ -48,13 +48,15 @@ def brute_force_neighbours(corpus, visible, neighbours, power):
     return scores
 
 
-def test_set_neighbours_equal_brute_force(tmp_path):
+# Of these sets the fifth and sixth nearest are never equally near.
+@pytest.mark.parametrize("neighbours", [500, 5])
+def test_set_neighbours_equal_brute_force(tmp_path, neighbours):
     corpus = make_corpus(tmp_path / "corpus")
     rng = np.random.default_rng(0)
     visible = [rng.choice(60, rng.integers(1, 9), replace=False).astype(np.int32) + NUM_SPECIAL for _ in range(40)]
-    scores = baselines.SetNeighbours(corpus)(visible)
+    scores = baselines.SetNeighbours(corpus, neighbours)(visible)
     for row, ids in enumerate(visible):
-        expected = brute_force_neighbours(corpus, ids.tolist(), 500, 3)
+        expected = brute_force_neighbours(corpus, ids.tolist(), neighbours, 3)
         np.testing.assert_allclose(scores[row], expected, rtol=1e-4, atol=1e-6)
 
 

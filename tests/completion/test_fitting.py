@@ -38,6 +38,13 @@ def test_a_damaged_file_is_fitted_again(tmp_path, capsys, damage):
     assert cached(tmp_path, "name", {}, fit)["x"].tolist() == [1] and len(calls) == 2
 
 
+def test_what_cannot_be_kept_is_still_returned(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    fit, calls = fits([1])
+    assert cached(tmp_path / "file" / "deep", "name", {}, fit)["x"].tolist() == [1] and len(calls) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("cannot be kept for the next time: Not a directory")
+
+
 def test_a_failed_fit_leaves_nothing(tmp_path):
     with pytest.raises(MemoryError):
         cached(tmp_path / "new", "name", {}, lambda: (_ for _ in ()).throw(MemoryError))

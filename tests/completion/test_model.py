@@ -143,6 +143,12 @@ def test_all_genes_known_leaves_nothing_to_propose(model):
     assert len(model.complete(["G0"], number=1000)) == 59
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(), Sampling(top_k=np.int64(50), seed=np.int64(0))])
+def test_numbers_may_be_those_of_numpy(model, sampling):
+    found = model.complete(["G1"], np.int64(2), permutations=np.int64(1), sampling=sampling)
+    assert found == model.complete(["G1"], 2, sampling=sampling and Sampling()) and len(found) == 2
+
+
 @pytest.mark.parametrize(
     ("genes", "number", "message"),
     [

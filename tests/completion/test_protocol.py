@@ -116,11 +116,12 @@ FIRST, SECOND = "lib\tset of 5\t1\t2\t3\t94\t0.5\n", "lib\tset of 6\t0\t4\t0\t96
 
 
 def test_drawn_counts_are_read(tmp_path):
-    (tmp_path / "counts.tsv").write_text(HEADER + FIRST + SECOND)
-    assert read_drawn_counts(tmp_path / "counts.tsv", SETS) == [
-        DrawnCounts(1, 4, 3, 100, 2),
-        DrawnCounts(0, 0, 4, 100, 3),
-    ]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "counts.tsv").write_text(HEADER + FIRST + SECOND, encoding=encoding)
+        assert read_drawn_counts(tmp_path / "counts.tsv", SETS) == [
+            DrawnCounts(1, 4, 3, 100, 2),
+            DrawnCounts(0, 0, 4, 100, 3),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ def test_drawn_counts_are_read(tmp_path):
         (HEADER + FIRST + SECOND + SECOND, "line 4: set 'set of 6', but the GMT files hold only 2"),
         (HEADER + FIRST + SECOND.replace("\t4", "\tfour"), "line 3: hits, missed, extra, neither must be whole"),
         (HEADER + FIRST.replace("\t94", "\t-94") + SECOND, "line 2: hits"),
+        (HEADER + FIRST.replace("\t94", "\t16777211") + SECOND, "line 2: universe 16,777,217; at most 16,777,216"),
         (HEADER + FIRST + "lib\tset of 6\n", "line 3: 2 columns, the header has 7"),
     ],
 )

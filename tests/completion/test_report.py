@@ -127,6 +127,23 @@ def test_without_the_corpus_or_curves(corpus):
     assert "model" in text and "left out" not in text
 
 
-def test_all_methods_of_an_evaluation_look_different():
-    # Model, popularity, random, set-kNN, relevance, EASE, auto-encoder, mixture.
-    assert len(set(plots._COLOURS)) == len(plots._COLOURS) == len(set(plots._MARKS)) == len(plots._MARKS) >= 8
+def test_a_method_looks_the_same_in_every_report_and_unlike_all_others():
+    # All that `evaluate` has.
+    names = {"model", "popularity", "random", "set-kNN", "relevance", "EASE", "auto-encoder", "mixture"}
+    assert set(plots._STYLES) == names
+    for looks in zip(*plots._STYLES.values(), plots._OTHER_STYLE, strict=True):
+        assert len(set(looks)) == len(names) + 1
+
+
+def test_the_significance_plot_shows_adjusted_p_values(corpus):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    report = make_report(corpus)
+    plots._significance(report, figure)
+    # The legend lies outside, over no curve.
+    assert figure.legends and figure.axes[0].get_legend() is None
+    lines = [line.get_ydata() for line in figure.axes[0].get_lines()]
+    # Two of each method, the model last: its significant sets, then the others.
+    for outcome, place in zip(report.outcomes, range(2 * len(report.outcomes), 0, -2), strict=True):
+        heights = -outcome.log_adjusted_p[0] / np.log(10)
+        assert len(lines[place - 2]) == (heights >= -np.log10(0.05)).sum() > 0 or outcome.method != "model"
+        np.testing.assert_allclose(np.concatenate(lines[place - 2 : place]), np.sort(heights)[::-1], atol=1e-6)

@@ -213,6 +213,14 @@ def test_a_second_batch_compiles_nothing_new_for_parameters_with_a_place_of_thei
     assert module._draw_rows._cache_size() - before == 1
 
 
+def test_the_cache_of_a_batch_becomes_that_of_the_next():
+    sampler = sampler_of()
+    sampler.draw(prompts_of(2), [4, 4], [0, 1], Sampling())
+    first = jax.tree.leaves(sampler._cache)
+    sampler.draw(prompts_of(2), [4, 4], [0, 1], Sampling())
+    assert all(leaf.is_deleted() for leaf in first)
+
+
 def test_rows_spread_over_devices():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
     prompts, sampling = prompts_of(16), Sampling(top_k=20)
@@ -246,7 +254,12 @@ def test_no_row_is_sorted_whole_for_its_highest_values(size):
     assert not [line for line in program.splitlines() if " sort(" in line and f"[4,{size}]" in line]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 0.5},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_be_used(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
