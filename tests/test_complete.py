@@ -76,6 +76,7 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--top-k", "5"], "--top-k goes with --decode sample"),
         (["G1", "--top-p", "0.5"], "--top-p goes with --decode sample"),
         (["G1", "--stop-at-end"], "--stop-at-end goes with --decode sample"),
+        (["G1", "--number", "4097", "--decode", "sample"], "--number 4097: at most 4,096 genes are drawn one by one"),
         (["G1", "--permutations", "2", "--decode", "sample"], "--permutations goes with --decode rank"),
         (["G1", "--seed", "-1"], "seed"),
         (["G1", "--mixture", "--decode", "sample"], "--mixture"),

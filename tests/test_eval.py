@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tcc_jax import eval as command
+from tcc_jax.completion.metrics import METRICS
 from tests.completion.tiny import STEP, make_corpus, make_run, write_hgnc
 
 
@@ -50,6 +51,9 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     rows = read_table(out / "per_set.tsv")
     assert report["format_version"] == 3 and report["checkpoint"]["step"] == STEP
     assert report["sets_evaluated"] == 27 and len(rows) == 3 * 27 and report["skipped"] == []
+    for name in (*METRICS, "rare_recall", "nats_per_hidden_gene", "popularity_ndcg_at_100"):
+        assert name in rows[0]
+    assert all(float(row["precision_at_10"]) * 10 <= float(row["hits"]) for row in rows if int(row["drawn"]) >= 10)
     methods = {row["method"]: row for row in report["methods"]}
     assert list(methods) == ["model", "popularity", "random", "set-kNN", "relevance"]
     assert report["left_out"] == dict.fromkeys(["EASE", "auto-encoder"], "run with --baselines all")

@@ -11,6 +11,8 @@ import tyro
 from tcc_jax.terminal import UserError
 
 Format = Literal["table", "tsv", "json", "gmt"]
+# One program draws them all, and nothing stops it in between: minutes for so many.
+MOST_SAMPLED = 4096
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,10 @@ class CompleteOptions:
         for name in ignored:
             if getattr(self, name) != getattr(CompleteOptions, name):
                 raise UserError(f"--{name.replace('_', '-')} goes with --decode {other}")
+        if self.decode == "sample" and self.number > MOST_SAMPLED:
+            raise UserError(
+                f"--number {self.number}: at most {MOST_SAMPLED:,} genes are drawn one by one; --decode rank gives more"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
         if self.out is not None and Path(self.out).is_dir():

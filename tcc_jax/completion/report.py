@@ -320,10 +320,6 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
 def _per_set(report: Report) -> list[list[str]]:
     header = ["name", "library", "seed", "visible", "hidden", "drawn", "outside_vocabulary", "best_training_jaccard"]
     columns: list[tuple[str, Callable[[Outcome], np.ndarray], Callable[[Any], str]]] = [
-        ("hits", lambda outcome: outcome.metrics["hits"], lambda value: str(int(value))),
-        ("recall", lambda outcome: outcome.metrics["recall"], _short),
-        ("average_precision", lambda outcome: outcome.metrics["average_precision"], _short),
-        ("auroc", lambda outcome: outcome.metrics["auroc"], _short),
         ("log10_p", lambda outcome: outcome.log_p / math.log(10), _short),
         ("log10_adjusted_p", lambda outcome: outcome.log_adjusted_p / math.log(10), _short),
         ("significant", lambda outcome: outcome.significant(report.alpha), lambda value: "yes" if value else "no"),
@@ -331,6 +327,9 @@ def _per_set(report: Report) -> list[list[str]]:
     values: list[list[list[str]]] = []
     for place, outcome in enumerate(report.outcomes):
         prefix = f"{_identifier(outcome.method)}_" if place else ""
+        for name, numbers in outcome.metrics.items():
+            header.append(prefix + name)
+            values.append([[_short(value) for value in row] for row in numbers])
         for name, get, show in columns:
             header.append(prefix + name)
             values.append([[show(value) for value in row] for row in get(outcome)])
