@@ -85,7 +85,7 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--gmt", "a.gmt"], "choose one"),
         (["--gmt", "nowhere.gmt"], "nowhere.gmt"),
         (["G1", "--background", "nowhere.txt"], "nowhere.txt"),
-        (["G1", "--why", "--corpus", "nowhere"], "nowhere"),
+        (["G1", "--why", "--corpus", "nowhere"], "the corpus nowhere is not there; name it with --corpus"),
         (["G1", "--out", "nowhere/x.tsv"], "nowhere"),
         ([f"G{index}" for index in range(60)], "no gene is left to propose"),
     ],

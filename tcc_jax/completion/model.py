@@ -247,8 +247,11 @@ class Model:
             UserError: it is required, and not there or of another vocabulary.
         """
         path = path or self.checkpoint.config.data.corpus
-        if not required and not as_path(path).exists():
-            return None, f"the corpus {path} is not there; name it with --corpus"
+        if not as_path(path).exists():
+            missing = f"the corpus {path} is not there; name it with --corpus"
+            if required:
+                raise UserError(missing)
+            return None, missing
         corpus = open_corpus(path)
         theirs, ours = corpus.vocabulary.hash, self.vocabulary.hash
         if theirs == ours:
