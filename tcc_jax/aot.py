@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tcc_jax.config import Config, toml_first, validate
+from tcc_jax.files import check_output_file
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError, command, log, parse_arguments, table
 
@@ -77,10 +78,8 @@ def _parse(arguments: list[str]) -> Options:
     options = parse_arguments(Options, arguments, default=Options(tyro.MISSING, config=config), prog=program)
     if options.vocabulary_size and not 32 <= options.vocabulary_size <= 2**24:
         raise UserError(f"--vocabulary-size {options.vocabulary_size}: must lie between 32 and {2**24:,}")
-    if options.json and Path(options.json).is_dir():
-        raise UserError(f"{options.json}: is a folder; give a file")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"{options.json}: no such folder; make it first")
+    if options.json:
+        check_output_file(options.json)
     return dataclasses.replace(options, config=validate(options.config, "the configuration"))
 
 

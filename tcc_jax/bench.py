@@ -13,6 +13,7 @@ import tyro
 from tcc_jax.benchmarking.synthetic import SMALLEST_VOCABULARY, synthetic_corpus
 from tcc_jax.config import Config, from_dict, read_toml, validate
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.files import check_output_file
 from tcc_jax.terminal import UserError, command, parse_arguments
 
 _PROGRAM = "python -m tcc_jax.bench"
@@ -122,10 +123,8 @@ def _check(options: Options) -> None:
         raise UserError(f"--vocabulary {options.vocabulary}: must lie between {SMALLEST_VOCABULARY} and {2**24:,}")
     if options.sets > _MOST_SETS:
         raise UserError(f"--sets {options.sets}: must be at most {_MOST_SETS:,}")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"{options.json}: no such folder; make it first")
-    if options.json and options.json.is_dir():
-        raise UserError(f"{options.json}: is a folder; give a file")
+    if options.json:
+        check_output_file(options.json)
 
 
 if __name__ == "__main__":

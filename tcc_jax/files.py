@@ -99,6 +99,14 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_output_file(path: str | Path) -> None:
+    """Raise `UserError` where no file can come to be: before the work, not after it."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: no such folder; make it first")
+
+
 def _move_into_place(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)

@@ -81,10 +81,10 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
     """Measure training: windows of `steps` steps, each on a batch of its own, made before the clock starts.
 
     Returns:
-        useful_tokens_per_second, sets_per_second, step_ms; mfu and mfu_segments (`FORMULA`; None without a recorded
-        peak); flops_per_token; compile_seconds (the first step less a median one); data_share (time to make a batch
-        in one thread over the time of a step); loss (of the last step); memory_bytes (peak of a device; None where
-        it does not tell); parameters.
+        useful_tokens_per_second, sets_per_second, step_ms; mfu and mfu_segments (`FORMULA`, scored positions as in the
+        last step; None without a recorded peak); flops_per_token; compile_seconds (the first step less a median one);
+        data_share (time to make a batch in one thread over the time of a step); loss (of the last step); memory_bytes
+        (peak of a device; None where it does not tell); parameters.
     """
     size, mesh = corpus.vocabulary.size, make_mesh(config)
     state = create_state(config, size, None, mesh)

@@ -99,8 +99,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_result(result: Any) -> bool:
-    middle = _middle(result) if not isinstance(result, dict) or "median" in result else ""
-    return middle is None or isinstance(middle, int | float)
+    return result is None or isinstance(result.get("median") if isinstance(result, dict) else result, int | float)
 
 
 def _middle(result: Any) -> float | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from tcc_jax.files import check_output_file
 from tcc_jax.terminal import UserError
 
 Format = Literal["table", "tsv", "json", "gmt"]
@@ -173,5 +173,5 @@ class CompleteOptions:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
-        if self.out is not None and Path(self.out).is_dir():
-            raise UserError(f"{self.out}: is a folder; name a file")
+        if self.out is not None:
+            check_output_file(self.out)

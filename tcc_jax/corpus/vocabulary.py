@@ -70,5 +70,5 @@ class Vocabulary:
             return cls(symbols, hgnc_ids, np.array(list(map(int, counts)), np.int64))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the vocabulary is missing") from None
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"{path}: not a vocabulary ({', '.join(HEADER)}); prepare the corpus again") from None
