@@ -1,7 +1,4 @@
-"""Attention kernels for packed rows: which of them a device can run, and each one behind the meaning of `attend`.
-
-A kernel treats padding as one more segment, so that whatever it returns is finite; padding is then set to zero.
-"""
+"""Attention kernels for packed rows: which of them a device can run, and each one behind the meaning of `attend`."""
 
 from __future__ import annotations
 
@@ -93,8 +90,8 @@ def make_attend(backend: str, *, segments_per_row: int, interpret: bool = False)
 
     Args:
         backend: what `choose_backend` returned.
-        segments_per_row: most segments in a row, which shapes the offsets of the cudnn backend. A row with more comes
-            back as NaN. That backend also takes each run of equal segment ids as a segment of its own.
+        segments_per_row: most segments in a row, padding not counted: the cudnn backend has offsets for so many, and
+            leaves undefined what is beyond. It also takes each run of equal segment ids as a segment of its own.
         interpret: run the pallas and splash kernels as plain JAX, on any device: slow, for tests.
     """
     if backend == "xla":
@@ -104,13 +101,7 @@ def make_attend(backend: str, *, segments_per_row: int, interpret: bool = False)
         "splash": functools.partial(_splash, interpret=interpret),
         "cudnn": functools.partial(_cudnn, slots=segments_per_row + 1),
     }
-    kernel = kernels[backend]
-
-    def attend_by_kernel(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        mixed_BTNH = kernel(q_BTNH, k_BSNH, v_BSNH, segments_BT)
-        return jnp.where(segments_BT[:, :, None, None] > 0, mixed_BTNH, 0)
-
-    return attend_by_kernel
+    return kernels[backend]
 
 
 def _pallas(
@@ -176,10 +167,10 @@ def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT:
             f"attention backend 'cudnn': JAX {jax.__version__} no longer has its private kernel for packed rows "
             "where 0.10 to 0.12 have it; use pallas or xla"
         ) from error
-    starts_BM, lengths_BM, fits_B = segment_slots(segments_BT, slots)
+    starts_BM, lengths_BM = segment_slots(segments_BT, slots)
     # Offsets are those of the first tokens alone: the column after the last slot is never a segment's end.
     starts_BM = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
-    mixed_BTNH = dot_product_attention(
+    return dot_product_attention(
         q_BTNH,
         k_BSNH,
         v_BSNH,
@@ -190,7 +181,6 @@ def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segments_BT:
         scale=q_BTNH.shape[3] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL,
     )
-    return jnp.where(fits_B[:, None, None, None], mixed_BTNH, jnp.nan)
 
 
 @contextlib.contextmanager
@@ -210,7 +200,7 @@ def tracing_for_absent_gpu() -> Iterator[None]:
         yield
 
 
-def segment_slots(segments_BT: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def segment_slots(segments_BT: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
     """Describe each row as runs of equal segment ids, padding being such a run, as the cudnn kernel wants them.
 
     Args:
@@ -218,8 +208,8 @@ def segment_slots(segments_BT: jax.Array, slots: int) -> tuple[jax.Array, jax.Ar
         slots: runs to make room for, M.
 
     Returns:
-        The first column of each run and its length, both BM int32 with -1 in slots that are not used, and B bool:
-        whether the slots hold all runs of a row, and so all its tokens.
+        The first column of each run and its length, both BM int32 with -1 in slots that are not used. Of a row with
+        more runs the last ones are left out.
     """
     length = segments_BT.shape[1]
     is_first_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
@@ -227,4 +217,4 @@ def segment_slots(segments_BT: jax.Array, slots: int) -> tuple[jax.Array, jax.Ar
     bounds_BM = find(is_first_BT).astype(jnp.int32)
     starts_BM, ends_BM = bounds_BM[:, :-1], bounds_BM[:, 1:]
     used_BM = starts_BM < length
-    return jnp.where(used_BM, starts_BM, -1), jnp.where(used_BM, ends_BM - starts_BM, -1), bounds_BM[:, -1] == length
+    return jnp.where(used_BM, starts_BM, -1), jnp.where(used_BM, ends_BM - starts_BM, -1)

@@ -25,9 +25,10 @@ Metrics = dict[str, jax.Array]
 # Streams of randomness drawn from the run's seed; the parameters use the seed's key itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 # Logits a device holds at once. On a CPU, small chunks are as fast as any, at less than half the processor time of
-# autodiff over the whole; an accelerator wants products as large as its memory allows (2 GiB of bfloat16).
-_LOGITS_AT_ONCE = {"cpu": 2**22}
-_LOGITS_AT_ONCE_ELSEWHERE = 2**30
+# autodiff over the whole; an accelerator wants them in one piece, as far as its memory allows (on a TPU 2 GiB of
+# bfloat16, on a GPU 8): cutting costs passes over the hidden states and the gradients.
+_LOGITS_AT_ONCE = {"cpu": 2**22, "tpu": 2**30}
+_LOGITS_AT_ONCE_ELSEWHERE = 2**32
 # Microbatches in one pass of the loop. On a CPU a second one fills the cores that small operations leave idle; the
 # activations of both may be held at once, for which an accelerator has no memory to spare.
 _MICROBATCHES_AT_ONCE = {"cpu": 2}
