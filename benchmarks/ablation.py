@@ -57,6 +57,9 @@ ROWS = {
     "targets: 32": "--objective.target-genes 32",
     "positions: learned": "--model.position learned",
     "layers: 2": "--model.num-layers 2",
+    "layers: 12, bfloat16": "--model.num-layers 12 --model.matmul-dtype bfloat16",
+    "layers: 12, bfloat16, the residual stream too": "--model.num-layers 12 --model.matmul-dtype bfloat16 "
+    "--model.residual-dtype bfloat16",
     "hidden width: 1024": "--model.hidden-width 1024",
     "width: 64": "--model.width 64 --model.hidden-width 128",
     "width: 256": "--model.width 256 --model.hidden-width 512",

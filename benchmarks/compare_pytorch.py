@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps in a window: 20, on a CPU 3")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="both on a CPU, else bfloat16")
+    parser.add_argument("--residuals", nargs="+", choices=["float32", "bfloat16"], help="both, on a CPU float32")
     parser.add_argument("--parts", type=int, nargs="+", default=[4], help="on a CPU also in so many parts")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -101,10 +102,10 @@ def compare(options: argparse.Namespace) -> None:
     shape, size = SHAPES[name], SHAPES[name]["vocabulary"]
     steps = options.steps or (3 if on_cpu else 20)
 
-    def config_of(objective: str, dtype: str, attention: str, parts: int) -> Any:
+    def config_of(objective: str, dtype: str, attention: str, parts: int, residual: str) -> Any:
         return from_dict(
             {
-                "model": {**shape["model"], "matmul_dtype": dtype},
+                "model": {**shape["model"], "matmul_dtype": dtype, "residual_dtype": residual},
                 "training": {**shape["training"], "microbatches": parts},
                 "objective": {"kind": objective},
                 "optimizer": {**ADAMW, "warmup_steps": 0, "final_fraction": 1.0},
@@ -116,10 +117,17 @@ def compare(options: argparse.Namespace) -> None:
     dtypes = options.dtypes or (["float32", "bfloat16"] if on_cpu else ["bfloat16"])
     # On a CPU both sides are also timed with the gradient summed over parts of a batch, which fit its caches.
     all_parts = [parts for parts in options.parts if parts > 1] if on_cpu else []
-    ours = [("next-gene", dtype, attention, 1) for attention in options.attention for dtype in dtypes]
-    ours += [("remaining-set", dtypes[0], attention, 1) for attention in options.attention]
+    # On an accelerator both sides are also timed with the residual stream in bfloat16.
+    residuals = options.residuals or (["float32"] if on_cpu else ["float32", "bfloat16"])
+    ours = [
+        ("next-gene", dtype, attention, 1, residual)
+        for attention in options.attention
+        for dtype in dtypes
+        for residual in residuals
+    ]
+    ours += [("remaining-set", dtypes[0], attention, 1, residuals[-1]) for attention in options.attention]
     ours += [
-        (objective, dtype, "auto", parts)
+        (objective, dtype, "auto", parts, residuals[0])
         for objective in ("next-gene", "remaining-set")
         for dtype in dtypes
         for parts in all_parts
@@ -140,13 +148,15 @@ def compare(options: argparse.Namespace) -> None:
             "batches": str(file),
             "dtypes": dtypes,
             "parts": all_parts,
+            "residuals": residuals,
         }
         theirs = ask(server, first)
         forms: list[dict[str, Any]] = []
-        for objective, dtype, attention, parts in ours:
-            form = {"side": "tcc_jax", "form": f"{objective}, {attention} attention{in_parts(parts)}", "dtype": dtype}
+        for objective, dtype, attention, parts, residual in ours:
+            name_of_form = f"{objective}, {attention} attention{variant(parts, residual)}"
+            form = {"side": "tcc_jax", "form": name_of_form, "dtype": dtype}
             try:
-                made = config_of(objective, dtype, attention, parts)
+                made = config_of(objective, dtype, attention, parts, residual)
                 mesh = make_mesh(made)
                 state = create_state(made, size, None, mesh)
                 trainer = Trainer(state, make_train_step(made, size, mesh), mesh)
@@ -217,9 +227,9 @@ def compare(options: argparse.Namespace) -> None:
         print(check)
 
 
-def in_parts(parts: int) -> str:
-    """Say how a batch is taken, if not at once."""
-    return f", in {parts} parts" if parts > 1 else ""
+def variant(parts: int, residual: str) -> str:
+    """Say how a batch is taken, if not at once, and what the residual stream is, if not float32."""
+    return (f", in {parts} parts" if parts > 1 else "") + ("" if residual == "float32" else f", {residual} residual")
 
 
 def tell(what: str, form: dict[str, Any]) -> None:
@@ -283,13 +293,24 @@ def serve() -> None:
         attn_implementation="sdpa",
     )
     dtypes = first["dtypes"]
-    kinds = [(mask, dtype, True, 1) for mask in ("causal", "segments") for dtype in dtypes]
-    kinds += [("causal", dtype, False, 1) for dtype in dtypes]
-    kinds += [("causal", dtype, True, parts) for dtype in dtypes for parts in first["parts"]]
+    residuals = first["residuals"]
+    kinds = [("causal", dtype, True, 1, residual) for dtype in dtypes for residual in residuals]
+    kinds += [("segments", dtype, True, 1, residuals[0]) for dtype in dtypes]
+    if device == "cpu":  # a GPU is always faster with what is compiled
+        kinds += [("causal", dtype, False, 1, residuals[0]) for dtype in dtypes]
+    kinds += [("causal", dtype, True, parts, residuals[0]) for dtype in dtypes for parts in first["parts"]]
 
-    def make_step(mask: str, dtype: str, compiled: bool, parts: int) -> Any:
+    class Rounded(torch.nn.Module):
+        """In place of the dropout after the embedding: each block adds to the stream in the type that it has."""
+
+        def forward(self, x: Any) -> Any:
+            return x.to(torch.bfloat16)
+
+    def make_step(mask: str, dtype: str, compiled: bool, parts: int, residual: str) -> Any:
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(model_config).to(device).train()
+        if residual == "bfloat16":
+            model.transformer.drop = Rounded()
         optimizer = make_adamw(model, ADAMW)
         length = tokens_SBT.shape[2]
         before_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -340,8 +361,11 @@ def serve() -> None:
             "threads": torch.get_num_threads(),
             "matmul_parameters": sum(weight.numel() for weight in [*products, model.lm_head.weight]),
             "forms": [
-                {"form": f"{mask} mask, {'compiled' if compiled else 'eager'}{in_parts(parts)}", "dtype": dtype}
-                for mask, dtype, compiled, parts in kinds
+                {
+                    "form": f"{mask} mask, {'compiled' if compiled else 'eager'}{variant(parts, residual)}",
+                    "dtype": dtype,
+                }
+                for mask, dtype, compiled, parts, residual in kinds
             ],
         }
     )

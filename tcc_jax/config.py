@@ -63,6 +63,8 @@ class ModelConfig:
     """Share of the activations dropped after the embedding and each block's two branches."""
     matmul_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matrix products; parameters, norms, softmax and losses are always float32."""
+    residual_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type of the residual stream as it lies in memory between blocks; bfloat16 moves half as much."""
 
 
 @dataclass(frozen=True)

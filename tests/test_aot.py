@@ -119,3 +119,16 @@ def test_a_v4_chip_is_one_device(tmp_path):
     done = run(tmp_path / "run.toml", "--topology", "v4:2x2x1", "--json", tmp_path / "result.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["devices"] == 4
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="jax-cuda12-plugin is not installed")
+def test_a_bfloat16_residual_stream_takes_less_of_a_gpu(tmp_path):
+    # XLA kept float32 until it was told not to; seen where the branch was made float32 before the sum.
+    (tmp_path / "run.toml").write_text("")
+    needed = {}
+    for residual_dtype in ("float32", "bfloat16"):
+        options = ("--vocabulary-size", 128, "--model.residual-dtype", residual_dtype)
+        done = run(tmp_path / "run.toml", "--topology", "h200", *options, "--json", tmp_path / "result.json")
+        assert done.returncode == 0, done.stderr
+        needed[residual_dtype] = json.loads((tmp_path / "result.json").read_text())["attempts"][0]["temporary_bytes"]
+    assert needed["bfloat16"] < 0.95 * needed["float32"]

@@ -89,7 +89,7 @@ class Model:
         self._config = checkpoint.config.model
         if jax.default_backend() == "cpu":
             # Nearer the parameters, and on most CPUs faster: few multiply bfloat16.
-            self._config = dataclasses.replace(self._config, matmul_dtype="float32")
+            self._config = dataclasses.replace(self._config, matmul_dtype="float32", residual_dtype="float32")
         self._row_length = checkpoint.config.training.row_length
         self._mesh = mesh
 

@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embedding[tokens_BT]
         if self.config.position == "learned":
             x_BTD = x_BTD + self.position_embedding[offsets_BT]
-        return _dropout(x_BTD, self.config.dropout, dropout_key)
+        return _dropout(x_BTD, self.config.dropout, dropout_key).astype(self.config.residual_dtype)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Score every id from the final hidden states: [.., D] -> [.., V_padded] float32.
@@ -211,12 +211,14 @@ class Block(nnx.Module):
         dropout_key: jax.Array | None,
         positions_BC: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the residual stream after the block, float32: BTD, or BCD of some positions."""
+        """Return the residual stream after the block, in its own type: BTD, or BCD of some positions."""
         dropout_keys = _keys(dropout_key, 2)
         branch_BCD = self.attention(self.attention_norm(x_BTD), attend_layer, offsets_BT, positions_BC)
-        x_BCD = take_positions(x_BTD, positions_BC) + _dropout(branch_BCD, self.dropout, dropout_keys[0])
+        x_BCD = take_positions(x_BTD, positions_BC)
+        # Summed in the types they have: with float32 in between, XLA was seen to keep that in memory.
+        x_BCD = (x_BCD + _dropout(branch_BCD, self.dropout, dropout_keys[0])).astype(x_BTD.dtype)
         branch_BCD = self.feed_forward(self.feed_forward_norm(x_BCD))
-        return x_BCD + _dropout(branch_BCD, self.dropout, dropout_keys[1])
+        return (x_BCD + _dropout(branch_BCD, self.dropout, dropout_keys[1])).astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
@@ -274,13 +276,14 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square over the width, then a learned scale; float32 in and out."""
+    """Division by the root mean square over the width, then a learned scale, in float32."""
 
     def __init__(self, width: int) -> None:
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normed array, same shape, float32."""
+        x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + _NORM_EPSILON) * self.scale[...]
 
