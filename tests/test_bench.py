@@ -263,7 +263,7 @@ def test_gpu_all_lists_its_parts():
     assert done.returncode == 0, done.stderr
     parts = [line.split()[0] for line in done.stdout.splitlines()]
     assert parts == [
-        *("attention-tests", "train-cudnn", "train-pallas", "train-xla", "train-cut-points"),
+        *("attention-tests", "train-cudnn", "train-pallas", "train-xla", "train-residual", "train-cut-points"),
         *("compare-pytorch", "data", "sample", "checkpoint"),
         *("train-no-triton", "train-no-graphs", "train-triton-any"),
     ]
@@ -287,7 +287,16 @@ def test_gpu_all_goes_on_past_what_fails(tmp_path):
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     failed = [line.removeprefix("failed: ") for line in lines if line.startswith("failed: ")]
-    parts = ["attention-tests", "train-xla", "train-cut-points", "compare-pytorch", "data", "sample", "checkpoint"]
+    parts = [
+        "attention-tests",
+        "train-xla",
+        "train-residual",
+        "train-cut-points",
+        "compare-pytorch",
+        "data",
+        "sample",
+        "checkpoint",
+    ]
     parts += ["train-no-triton", "train-no-graphs", "train-triton-any"]
     assert failed == [f"{part} (exit 1)" for part in parts]
 
