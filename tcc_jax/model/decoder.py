@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
                 them the last block costs little more than its keys and values; its attention is then plain XLA.
 
         Returns:
-            h_BCD, or h_BTD of all positions, float32; zero gradients flow through padding.
+            h_BCD, or h_BTD of all positions, float32. Padding has hidden states too, for the loss to leave out.
         """
         execution = execution or Execution()
         offsets_BT = segment_offsets(segments_BT)
