@@ -13,9 +13,17 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tcc_jax.terminal import UserError, parse_arguments
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The smallest and the largest value that a field may take; a field without is checked by its type alone."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class RunConfig:
 
     directory: str = "runs/default"
     """Folder of the run: configuration, metrics and checkpoints. An existing run resumes."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """Seed of the parameters, the order of the data, the cut points and dropout."""
 
 
@@ -38,9 +46,9 @@ class DataConfig:
     """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
     library_weights: dict[str, float] = field(default_factory=dict)
     """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`."""
-    library_balance: float = 0.0
+    library_balance: Annotated[float, Bounds(0, 1)] = 0.0
     """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
-    cluster_balance: float = 0.0
+    cluster_balance: Annotated[float, Bounds(0, 1)] = 0.0
     """Exponent b: a set is seen (training sets of its near-duplicate cluster)^-b as often; `prepare --split tail` makes
     no clusters."""
 
@@ -49,17 +57,17 @@ class DataConfig:
 class ModelConfig:
     """Shape of the decoder."""
 
-    num_layers: int = 12
+    num_layers: Annotated[int, Bounds(1, 1000)] = 12
     """Transformer blocks."""
-    width: int = 768
+    width: Annotated[int, Bounds(1, 2**20)] = 768
     """Width of the residual stream, a multiple of num_heads."""
-    num_heads: int = 12
+    num_heads: Annotated[int, Bounds(1, 2**12)] = 12
     """Attention heads."""
-    hidden_width: int = 0
+    hidden_width: Annotated[int, Bounds(0, 2**22)] = 0
     """Hidden width of the feed-forward layers; 0 means 4 x width."""
     position: Literal["none", "learned", "rope"] = "none"
     """Code for the place of a gene in its set. A set has no order, so the default is none."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bounds(0, 0.99)] = 0.0
     """Share of the activations dropped after the embedding and each block's two branches."""
     matmul_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matrix products; parameters, norms, softmax and losses are always float32."""
@@ -73,19 +81,19 @@ class ObjectiveConfig:
 
     kind: Literal["remaining-set", "next-gene"] = "remaining-set"
     """The target at a prefix: all genes still to come, uniformly, or the next one in order."""
-    cut_points: int = 0
+    cut_points: Annotated[int, Bounds(0, 1024)] = 0
     """Positions scored in each set, drawn at random; 0 scores every position."""
-    cut_low: float = 0.0
+    cut_low: Annotated[float, Bounds(0, 1)] = 0.0
     """Cut points lie above this share of a set's genes."""
-    cut_high: float = 1.0
+    cut_high: Annotated[float, Bounds(0, 1)] = 1.0
     """Cut points lie below this share of a set's genes; 1 can reach the end, whose target is <end>."""
-    false_genes: float = 0.0
+    false_genes: Annotated[float, Bounds(0, 1)] = 0.0
     """Largest share of false genes in a training prompt. Each set draws a share up to it; that many of its genes are
     replaced by random ones as they are shown, and stay among the genes to find."""
-    prompt_genes: int = 0
+    prompt_genes: Annotated[int, Bounds(0, 2**20)] = 0
     """Most genes of a set that a row holds, and at most the share cut_high of it: the prompts alone. The other genes
     are targets without a place in the row. 0 holds whole sets."""
-    target_genes: int = 128
+    target_genes: Annotated[int, Bounds(1, 2**16)] = 128
     """With prompt_genes, the genes outside the row that stand for all of them, at most; a fresh sample each time."""
     frequency_bias: bool = True
     """Start the output bias at each gene's log frequency in the training sets, instead of at zero."""
@@ -100,25 +108,25 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Bounds(0, 1e3)] = 1e-3
     """Peak learning rate; Muon's updates are scaled so that one rate suits both."""
     schedule: Literal["cosine", "stable-decay"] = "cosine"
     """After the warm-up: half a cosine, or constant and then linearly down over the last `decay_share` of the steps."""
-    decay_share: float = 0.2
+    decay_share: Annotated[float, Bounds(0, 1)] = 0.2
     """Share of the steps over which the stable-decay schedule falls."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, Bounds(0, 2**31)] = 100
     """Steps of linear warm-up from zero."""
-    final_fraction: float = 0.1
+    final_fraction: Annotated[float, Bounds(0, 1)] = 0.1
     """Learning rate at the last step as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Bounds(0, 1e3)] = 0.1
     """Decoupled weight decay on matrices; norms and biases have none."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.98
+    beta2: Annotated[float, Bounds(0, 0.999999)] = 0.98
     """Decay of the second moment."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Bounds(0, 1e9)] = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Bounds(0, 0.999999)] = 0.0
     """Decay of a moving average of the parameters, which is then what is evaluated and exported; 0 keeps none."""
 
 
@@ -126,27 +134,27 @@ class OptimizerConfig:
 class TrainingConfig:
     """Size of a step and length of a run."""
 
-    steps: int = 1000
+    steps: Annotated[int, Bounds(1, 2**31 - 1)] = 1000
     """Optimizer steps of the whole run."""
-    batch_rows: int = 64
+    batch_rows: Annotated[int, Bounds(1, 2**20)] = 64
     """Packed rows in a step, over all devices."""
-    row_length: int = 1024
+    row_length: Annotated[int, Bounds(8, 2**20)] = 1024
     """Tokens in a row. A longer set contributes a fresh random subset each time."""
-    segments_per_row: int = 64
+    segments_per_row: Annotated[int, Bounds(1, 2**14)] = 64
     """Most sets packed into one row. With `objective.cut_points`, places that no set takes cost the output layer as
     much as those that are taken: train says how many are."""
-    microbatches: int = 1
+    microbatches: Annotated[int, Bounds(1, 2**20)] = 1
     """Parts a batch is taken through one after the other, on a CPU in pairs, for one update: less memory, the same mean
     over the batch."""
-    log_every: int = 10
+    log_every: Annotated[int, Bounds(1, 2**31)] = 10
     """Steps between two lines of metrics."""
-    eval_every: int = 500
+    eval_every: Annotated[int, Bounds(0, 2**31)] = 500
     """Steps between two evaluations of the validation loss; 0 turns them off."""
-    eval_steps: int = 8
+    eval_steps: Annotated[int, Bounds(1, 2**31)] = 8
     """Batches in an evaluation of the validation loss, at most."""
-    recall_sets: int = 256
+    recall_sets: Annotated[int, Bounds(0, 2**31)] = 256
     """Validation sets, at most, whose hidden genes are looked for at each evaluation; 0 turns the recall off."""
-    skips_before_stop: int = 10
+    skips_before_stop: Annotated[int, Bounds(1, 2**31)] = 10
     """Updates in a row whose loss or gradient is not finite; each is skipped, and after so many the run stops."""
     profile_steps: str = ""
     """Steps to profile, FIRST:LAST such as 10:15, into RUN/profile for TensorBoard. Also spelled --profile-steps."""
@@ -158,13 +166,13 @@ class TrainingConfig:
 class CheckpointConfig:
     """When to save, what to keep, and what to start from."""
 
-    every_steps: int = 500
+    every_steps: Annotated[int, Bounds(1, 2**31)] = 500
     """Steps between two checkpoints; the last step is always saved."""
-    every_minutes: float = 15.0
+    every_minutes: Annotated[float, Bounds(0, 1e6)] = 15.0
     """Minutes between two checkpoints, at most; 0 saves by steps alone."""
-    keep: int = 3
+    keep: Annotated[int, Bounds(1, 10**6)] = 3
     """Checkpoints kept, newest first."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Bounds(0, 2**31)] = 0
     """Checkpoints of steps that are a multiple of this are kept for ever; 0 keeps none of them."""
     keep_best: bool = True
     """Save and keep the checkpoint with the best validation recall."""
@@ -178,11 +186,11 @@ class CheckpointConfig:
 class MeshConfig:
     """How devices are laid out. The rows of a batch are spread over data x fsdp."""
 
-    data: int = -1
+    data: Annotated[int, Bounds(-1, 2**20)] = -1
     """Devices along the data axis, where parameters are repeated; -1 takes all that the other axes leave."""
-    fsdp: int = 1
+    fsdp: Annotated[int, Bounds(1, 2**20)] = 1
     """Devices along the fsdp axis, over which parameters and the optimizer's state are spread."""
-    tensor: int = 1
+    tensor: Annotated[int, Bounds(1, 2**20)] = 1
     """Devices along the tensor axis, over which heads, hidden width and vocabulary are spread."""
 
 
@@ -196,9 +204,9 @@ class ComputeConfig:
     """Activations computed again in the backward pass: none, all but matrix products, or all inside a block."""
     scan_layers: bool = False
     """Run the blocks in one loop: compiles faster, for deep models."""
-    logits_tile: int = 0
+    logits_tile: Annotated[int, Bounds(0, 2**31)] = 0
     """Positions whose logits are held at once, over all rows; 0 lets the size of the logits decide."""
-    steps_in_flight: int = 2
+    steps_in_flight: Annotated[int, Bounds(1, 1000)] = 2
     """Steps the host may be ahead of the devices."""
 
 
@@ -208,11 +216,11 @@ class HostsConfig:
 
     coordinator: str = ""
     """ADDRESS:PORT of process 0; else JAX_COORDINATOR_ADDRESS, or what TPU pods and Slurm say."""
-    count: int = 0
+    count: Annotated[int, Bounds(0, 2**20)] = 0
     """Number of processes; else JAX_NUM_PROCESSES."""
-    index: int = -1
+    index: Annotated[int, Bounds(-1, 2**20)] = -1
     """Number of this process, from 0; else JAX_PROCESS_ID."""
-    timeout_seconds: int = 100
+    timeout_seconds: Annotated[int, Bounds(5, 2**20)] = 100
     """After so long without a sign of a process the others end, with a message."""
 
 
@@ -243,55 +251,6 @@ _SHORT = {
     "--profile-steps": "--training.profile-steps",
 }
 
-# The smallest and largest value a field may take; the rest is checked by type alone.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "run.seed": (0, 2**32 - 1),
-    "data.library_balance": (0, 1),
-    "data.cluster_balance": (0, 1),
-    "model.num_layers": (1, 1000),
-    "model.width": (1, 2**20),
-    "model.num_heads": (1, 2**12),
-    "model.hidden_width": (0, 2**22),
-    "model.dropout": (0, 0.99),
-    "objective.cut_points": (0, 1024),
-    "objective.cut_low": (0, 1),
-    "objective.cut_high": (0, 1),
-    "objective.false_genes": (0, 1),
-    "objective.prompt_genes": (0, 2**20),
-    "objective.target_genes": (1, 2**16),
-    "optimizer.learning_rate": (0, 1e3),
-    "optimizer.decay_share": (0, 1),
-    "optimizer.warmup_steps": (0, 2**31),
-    "optimizer.final_fraction": (0, 1),
-    "optimizer.weight_decay": (0, 1e3),
-    "optimizer.beta1": (0, 0.999999),
-    "optimizer.beta2": (0, 0.999999),
-    "optimizer.gradient_clip": (0, 1e9),
-    "optimizer.ema_decay": (0, 0.999999),
-    "training.steps": (1, 2**31 - 1),
-    "training.batch_rows": (1, 2**20),
-    "training.row_length": (8, 2**20),
-    "training.segments_per_row": (1, 2**14),
-    "training.microbatches": (1, 2**20),
-    "training.log_every": (1, 2**31),
-    "training.eval_every": (0, 2**31),
-    "training.eval_steps": (1, 2**31),
-    "training.recall_sets": (0, 2**31),
-    "training.skips_before_stop": (1, 2**31),
-    "checkpoint.every_steps": (1, 2**31),
-    "checkpoint.every_minutes": (0, 1e6),
-    "checkpoint.keep": (1, 10**6),
-    "checkpoint.keep_every": (0, 2**31),
-    "mesh.data": (-1, 2**20),
-    "mesh.fsdp": (1, 2**20),
-    "mesh.tensor": (1, 2**20),
-    "compute.logits_tile": (0, 2**31),
-    "compute.steps_in_flight": (1, 1000),
-    "hosts.count": (0, 2**20),
-    "hosts.index": (-1, 2**20),
-    "hosts.timeout_seconds": (5, 2**20),
-}
-
 
 def from_dict(values: dict[str, Any], source: str = "config", *, check: bool = True) -> Config:
     """Build a `Config` from nested dicts, as read from TOML or from a checkpoint.
@@ -316,11 +275,14 @@ def from_dict(values: dict[str, Any], source: str = "config", *, check: bool = T
 
 def validate(config: Config, source: str = "config") -> Config:
     """Return the configuration unchanged, or raise `UserError` naming the first field whose value cannot be used."""
-    for key, (low, high) in _BOUNDS.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if not low <= value <= high:
-            raise UserError(f"{source}: {key} = {value}: must lie between {low:g} and {high:g}")
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
+            value = getattr(values, name)
+            for bounds in getattr(hint, "__metadata__", ()):
+                if not bounds.low <= value <= bounds.high:
+                    allowed = f"must lie between {bounds.low:g} and {bounds.high:g}"
+                    raise UserError(f"{source}: {section.name}.{name} = {value}: {allowed}")
     if config.model.width % config.model.num_heads:
         raise UserError(
             f"{source}: model.width = {config.model.width}: must be a multiple of model.num_heads = "
