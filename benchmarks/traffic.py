@@ -68,6 +68,8 @@ def kernels(text: str) -> list[Kernel]:
                 if not body or not count:
                     raise ValueError(f"{name}: a loop whose number of runs is not known")
                 walk(body[1], times * int(count[1]))
+            elif operation == "call" and (called := re.search(r"to_apply=%?([\w.\-]+)", rest)):
+                walk(called[1], times)
             elif operation not in _NAMES:
                 operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
                 key = (_part(name, rest), re.sub(r"[.\d]+$", "", name), re.sub(r"\{[^}]*\}", "", result))

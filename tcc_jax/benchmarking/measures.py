@@ -99,7 +99,7 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
     seconds = [train.seconds(part) for part in parts]
     step_seconds = spread([duration / steps for duration in seconds])
     tokens = [sum(map(useful_tokens, part)) for part in parts]
-    sets = [sum(np.count_nonzero(batch["gene_counts"]) for batch in part) for part in parts]
+    sets = [sum(int(np.count_nonzero(batch["gene_counts"])) for batch in part) for part in parts]
     rates = [count / duration for count, duration in zip(tokens, seconds, strict=True)]
     keys_per_token = sum(map(_visible_keys, batches)) / sum(map(useful_tokens, batches))
     scored = train.scored_per_token()

@@ -166,7 +166,7 @@ class Ease:
         scores = np.empty((len(visible), self._size), np.float32)
         for row, genes in enumerate(known):
             fitted_G = self._weights_GG[genes].sum(0) if len(genes) else np.zeros(self.num_genes, np.float32)
-            scores[row] = fitted_G.min() - 1
+            scores[row] = np.min(fitted_G) - 1
             scores[row, NUM_SPECIAL : NUM_SPECIAL + self.num_genes] = fitted_G
         return scores
 

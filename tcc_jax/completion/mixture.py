@@ -88,7 +88,7 @@ def _tune(model: Scorer, retrieval: RelevanceModel, corpus: Corpus) -> Arrays:
             parts = _parts(model(visible), retrieval.votes(likelihoods, visible), visible)
             totals += [recall_of_each(np.asarray(_mix(*parts, weight)), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
-    return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(totals.argmax())])}
+    return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(np.argmax(totals))])}
 
 
 def _parts(

@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 PRODUCT = "product"
 
 
-def contract(subscripts: str, a: jax.Array, b: jax.Array, out: jnp.dtype | type = jnp.float32) -> jax.Array:
+def contract(subscripts: str, a: jax.Array, b: jax.Array, out: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Return `jnp.einsum(subscripts, a, b)` of two arrays of one type, summed in float32 and returned as `out`.
 
     Float32 operands keep all their bits: accelerators would round them unless told not to.

@@ -175,7 +175,9 @@ def test_checkpoints_move_between_a_bucket_and_this_machine(local, finished, tmp
     step, meta = find_checkpoint(tmp_path / "runs" / "one", "latest", print)
     assert step == 10 and all("md5" in file for file in meta["files"].values())
     [*_, path] = sorted((tmp_path / "runs/one/checkpoints/10/state").rglob("*"), key=lambda path: path.stat().st_size)
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
     with pytest.raises(UserError, match="MD5 differs"):
         find_checkpoint(tmp_path / "runs" / "one", "latest", print)
     finished.put_folder(as_path(local.run.directory), "moved")
