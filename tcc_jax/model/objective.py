@@ -217,7 +217,7 @@ def _sum_beyond(decoder: Decoder, beyond: Beyond) -> tuple[jax.Array, jax.Array]
     scale_BM = beyond.counts_BM / jnp.maximum(jnp.sum(known_BMR, axis=-1), 1)
     weights_BMR = known_BMR * scale_BM[:, :, None]
     operand_VD = decoder.embedding[...].astype(decoder.config.matmul_dtype)
-    embedding_BMD = jnp.einsum("BMR,BMRD->BMD", weights_BMR, operand_VD[beyond.genes_BMR].astype(jnp.float32))
+    embedding_BMD = contract("BMR,BMRD->BMD", weights_BMR, operand_VD[beyond.genes_BMR].astype(jnp.float32))
     return embedding_BMD, jnp.sum(weights_BMR * decoder.output_bias[beyond.genes_BMR], axis=-1)
 
 

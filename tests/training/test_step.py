@@ -128,6 +128,18 @@ def test_a_step_is_computed_as_asked():
     assert traced(compute={"logits_tile": 16})[1] < most
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_float32_products_keep_all_their_bits_on_accelerators(platform):
+    prompts = {"cut_points": 2, "prompt_genes": 7, "cut_high": 0.6, "target_genes": 4}
+    for objective in ({"cut_points": 0}, prompts):
+        config = small_config(objective=objective, compute={"attention": "xla"})
+        mesh = make_mesh(config)
+        step = make_train_step(config, SIZE, mesh).trace(abstract_state(config, SIZE, mesh), abstract_batch(config, mesh))
+        lines = step.lower(lowering_platforms=(platform,)).as_text().splitlines()
+        products = [line for line in lines if "stablehlo.dot_general" in line and "xf32>, tensor" in line]
+        assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_a_step_takes_the_memory_of_the_state_it_is_given():
     config = small_config()
     mesh = make_mesh(config)
