@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000"
 WARM_UP = 3
 IGNORED = -100
+# Bytes of our part of a GPU's memory under which a batch is halved: 64 rows of the 120M shape need about 34 GiB of it.
+SMALLEST_SHARE = 45 * 2**30
 # Both sides; a constant learning rate, since the schedule takes no time.
 ADAMW = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.1, "gradient_clip": 1.0}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -100,6 +102,10 @@ def compare(options: argparse.Namespace) -> None:
     on_cpu = jax.default_backend() == "cpu"
     name = options.shape or ("cpu" if on_cpu else "120M")
     shape, size = SHAPES[name], SHAPES[name]["vocabulary"]
+    if ((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf) < SMALLEST_SHARE:
+        rows = shape["training"]["batch_rows"] // 2
+        print(f"half of the rows, {rows}: this device has little memory for both sides", file=sys.stderr)
+        shape = {**shape, "training": {**shape["training"], "batch_rows": rows}}
     steps = options.steps or (3 if on_cpu else 20)
 
     def config_of(objective: str, dtype: str, attention: str, parts: int, residual: str) -> Any:
@@ -183,7 +189,14 @@ def compare(options: argparse.Namespace) -> None:
             for form, times, busy in zip(forms, seconds, processor, strict=True):
                 if "run" in form:
                     before = time.process_time()
-                    times.append(form["run"](batches[start : start + steps]))
+                    try:
+                        times.append(form["run"](batches[start : start + steps]))
+                    except Exception as error:  # such as a device whose memory ends between two windows
+                        form["failed"] = repr(error)[:300]
+                        del form["run"]
+                        times.clear()
+                        tell("timed", form)
+                        continue
                     busy.append(time.process_time() - before)
                 elif "number" in form:
                     answer = ask(server, {"form": form["number"], "batches": [start, start + steps]})

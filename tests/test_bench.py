@@ -301,6 +301,17 @@ def test_gpu_all_goes_on_past_what_fails(tmp_path):
     assert failed == [f"{part} (exit 1)" for part in parts]
 
 
+def test_gpu_all_fails_where_every_attention_test_is_skipped(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '4 skipped, 54 deselected in 1.77s'\n")
+    python.chmod(0o755)
+    command = ["bash", ROOT / "benchmarks" / "gpu_all.sh", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"], "PYTHON": python})
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert failed == ["failed: attention-tests (none ran: does JAX find the GPU?)"]
+
+
 def test_pytorch_is_given_the_same_targets():
     batch = measures.train_batches(small_config(), synthetic_corpus(200, 50), 1)[0]
     labels_BT = compare_pytorch.next_tokens(batch["tokens"].astype(np.int64), batch["segments"])
