@@ -2,7 +2,8 @@
 
 A run lives in one directory (`tcc_jax.training.run_directory`); an existing one resumes. A run killed at any moment and
 started again ends with the same bits as one that was never stopped: the batch is a function of the step, randomness of
-the seed and the step, and a checkpoint holds the state and the sums of the metrics line it falls into.
+the seed and the step, and a checkpoint holds the state and the sums of the metrics line it falls into. A GPU promises
+the same bits twice only with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 """
 
 from __future__ import annotations

@@ -134,7 +134,9 @@ def test_float32_products_keep_all_their_bits_on_accelerators(platform):
     for objective in ({"cut_points": 0}, prompts):
         config = small_config(objective=objective, compute={"attention": "xla"})
         mesh = make_mesh(config)
-        step = make_train_step(config, SIZE, mesh).trace(abstract_state(config, SIZE, mesh), abstract_batch(config, mesh))
+        step = make_train_step(config, SIZE, mesh).trace(
+            abstract_state(config, SIZE, mesh), abstract_batch(config, mesh)
+        )
         lines = step.lower(lowering_platforms=(platform,)).as_text().splitlines()
         products = [line for line in lines if "stablehlo.dot_general" in line and "xf32>, tensor" in line]
         assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
