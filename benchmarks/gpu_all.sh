@@ -102,7 +102,7 @@ bench train-cut-points 60 train "${train[@]}" --objective.cut-points 2
 part compare-pytorch 240 "$python" benchmarks/compare_pytorch.py --json "$folder/compare-pytorch.json" \
   --torch-python "$torch_python" "${compare[@]}"
 bench data 30 data "${data[@]}"
-bench sample 60 sample "${sample[@]}"
+bench sample 120 sample "${sample[@]}"
 bench checkpoint 45 checkpoint "${checkpoint[@]}"
 # Do these compiler flags pay? Beside train-${backends[0]}: cuBLAS alone for products, no CUDA graphs, Triton for all.
 flags() {
