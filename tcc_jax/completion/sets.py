@@ -179,18 +179,17 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
 def best_training_jaccard(
     corpus: Corpus, sets: Sequence[KnownSet], advance: Callable[[int], None] = lambda count: None
 ) -> np.ndarray:
-    """Return [sets] float64: the largest Jaccard of each set to a training set; genes outside count in the union.
+    """Return [sets] float64: the largest Jaccard of each set to a training set, over the genes of the vocabulary.
+
+    Training sets lost their other genes when they were prepared: counted, they would make a copy of one look unlike it.
 
     Args:
         corpus: the prepared corpus.
         sets: whole sets, not masked ones, with ids of the corpus's vocabulary.
         advance: told the number of sets just done.
     """
-    size = corpus.vocabulary.size
-    # Genes that no training set can hold get numbers past the vocabulary.
-    queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
-    num_genes = size + max((one.outside for one in sets), default=0)
-    best, _ = nearest(queries, training_sets(corpus), num_genes, 1.0, advance)
+    queries = join_sets([one.ids for one in sets])
+    best, _ = nearest(queries, training_sets(corpus), corpus.vocabulary.size, 1.0, advance)
     return best
 
 

@@ -94,6 +94,17 @@ def test_holdout_still_holds_once_rare_genes_are_gone(tmp_path):
     assert count_of(corpus, "dropped again")["sets"] == corpus.num_sets
 
 
+def test_leaks_of_the_holdout_are_over_the_genes_that_the_corpus_keeps(tmp_path):
+    genes = approved_symbols()[:60]
+    sets = [(f"s{i}", [gene for j, gene in enumerate(genes[:11]) if j != 4 + i]) for i in range(7)]
+    # 4 of 10 genes are shared; of 30 with the held-out set's own, which the corpus never had or has no more.
+    sets.append(("rare", genes[:5] + genes[20:35]))
+    file = write_gmt_file(tmp_path / "held.gmt", [("held", genes[:4] + genes[30:50])])
+    corpus = build(tmp_path, sets, holdout=(file,), **{**OPEN, "min_sets_per_gene": 2})
+    leaks = {"sets": 1, "with_training_set_at_jaccard": {"0.3": 1, "0.5": 0, "0.9": 0}}
+    assert corpus.meta["leaks"]["holdout"] == leaks
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_split_has_no_near_duplicates_across(tmp_path, seed):
     random = np.random.default_rng(seed)
