@@ -300,12 +300,16 @@ def _gmt(completions: Iterable[Completion]) -> Iterator[str]:
 
 
 def _json(completions: Iterable[Completion], vocabulary: Vocabulary, details: dict[str, Any]) -> Iterator[str]:
-    # One document, one line a set.
+    # One document, one line a set. What comes before the first proposal waits for it: without any, nothing is written.
     head = json.dumps({"format_version": FORMAT_VERSION, **details}, ensure_ascii=False)
-    yield head[:-1] + ', "sets": ['
+    waiting, proposed = [head[:-1] + ', "sets": ['], False
     for place, completion in enumerate(completions):
-        yield (",\n" if place else "\n") + json.dumps(_record(completion, vocabulary), ensure_ascii=False)
-    yield "\n]}\n"
+        waiting.append((",\n" if place else "\n") + json.dumps(_record(completion, vocabulary), ensure_ascii=False))
+        proposed = proposed or bool(completion.proposals)
+        if proposed:
+            yield "".join(waiting)
+            waiting.clear()
+    yield "".join([*waiting, "\n]}\n"])
 
 
 def _record(completion: Completion, vocabulary: Vocabulary) -> dict[str, Any]:
