@@ -112,6 +112,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     """
     _check(options)
     files = find_gmt_files(gmt)
+    holdout_files = find_gmt_files(options.holdout) if options.holdout else []
     table = SymbolTable.read(options.hgnc, options.case_insensitive)
     raw = read_sets(files)
     problems = raw.problems
@@ -127,7 +128,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder.count(f"at least {options.min_mapped:.0%} mapped to HGNC")
     builder.collapse(_in_test_library(builder, options))
     builder.count("exact duplicates collapsed")
-    held_out = _read_holdout(options, table, mapped.genes)
+    held_out = _read_holdout(options, holdout_files, table, mapped.genes)
     if held_out is not None:
         _hold_out(builder, held_out, num_genes, options.max_jaccard)
         builder.count(f"held-out sets and those at Jaccard >= {options.max_jaccard:g} dropped")
@@ -164,7 +165,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
             "options": _options_as_json(options),
             "sources": [{"file": file.name, "sha256": sha256(file)} for file in files],
             "hgnc": _hgnc_source(options),
-            "holdout": [{"file": file.name, "sha256": sha256(file)} for file in options.holdout],
+            "holdout": [{"file": file.name, "sha256": sha256(file)} for file in holdout_files],
             "counts": builder.counts,
             "harmonisation": mapped.report,
             "problems": {kind: int(count) for kind, count in problems.counts.items()},
@@ -238,10 +239,10 @@ def _first_equal(sets: Sets, preferred: np.ndarray | None) -> np.ndarray:
     return first
 
 
-def _read_holdout(options: BuildOptions, table: SymbolTable, genes: list[str]) -> Sets | None:
-    if not options.holdout:
+def _read_holdout(options: BuildOptions, files: list[Path], table: SymbolTable, genes: list[str]) -> Sets | None:
+    if not files:
         return None
-    raw = read_sets(find_gmt_files(options.holdout))
+    raw = read_sets(files)
     mapped = map_sets(raw, table, min_mapped=0.0)
     names = ", ".join(str(path) for path in options.holdout)
     log_lines(f"held out: {line}" for line in (*raw.problems.lines(), *report_lines(mapped.report)))

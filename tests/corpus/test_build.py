@@ -6,6 +6,7 @@ import pytest
 from tcc_jax.corpus.build import BuildOptions, build_corpus
 from tcc_jax.corpus.store import SPLITS
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.files import sha256
 from tcc_jax.terminal import UserError
 from tests.corpus.corpora import approved_symbols, random_sets, write_gmt_file
 
@@ -80,6 +81,17 @@ def test_holdout_drops_exactly_what_reaches_the_limit(tmp_path):
         assert corpus.names == expected
         assert count_of(corpus, "held-out")["sets"] == len(expected) < 400
         assert corpus.meta["leaks"]["holdout"]["with_training_set_at_jaccard"]["0.9"] == 0
+
+
+def test_a_folder_can_be_held_out(tmp_path):
+    sets = random_sets(number=40)
+    (tmp_path / "held").mkdir()
+    for name, held in (("b", sets[:3]), ("a", sets[5:6])):
+        write_gmt_file(tmp_path / "held" / f"{name}.gmt", held)
+    corpus = build(tmp_path, sets, holdout=(tmp_path / "held",), **OPEN)
+    assert corpus.names == [name for place, (name, _) in enumerate(sets) if place not in (0, 1, 2, 5)]
+    hashes = [{"file": f"{name}.gmt", "sha256": sha256(tmp_path / "held" / f"{name}.gmt")} for name in ("a", "b")]
+    assert corpus.meta["holdout"] == hashes
 
 
 def test_holdout_still_holds_once_rare_genes_are_gone(tmp_path):
