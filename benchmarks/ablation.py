@@ -22,6 +22,7 @@ import numpy as np
 import tcc_jax
 from tcc_jax.completion.baselines import SetNeighbours, popularity
 from tcc_jax.completion.fitting import recall_of_each, validation_masks
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.metrics import bootstrap
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.store import open_corpus
@@ -119,7 +120,8 @@ def _run(name: str) -> dict[str, Any]:
         masked, weights = _alike_by_library(masked)
     methods = {"model": model.score}
     if name == base:
-        methods |= {"popularity": popularity(corpus.vocabulary), "set-kNN": SetNeighbours(corpus, 500, 3.0)}
+        neighbours = SetNeighbours(TrainingIndex(corpus), 500, 3.0)
+        methods |= {"popularity": popularity(corpus.vocabulary), "set-kNN": neighbours}
     recalls = {}
     for method, scorer in methods.items():
         parts = [masked[start : start + 128] for start in range(0, len(masked), 128)]

@@ -148,6 +148,22 @@ def test_formats(folder, monkeypatch, capsys):
     assert [proposal["symbol"] for proposal in proposals] == [row[2] for row in tsv]
 
 
+@pytest.mark.parametrize("format", ["table", "tsv", "json", "gmt"])
+def test_without_a_completed_set_nothing_is_printed(folder, monkeypatch, capsys, format):
+    bad = "bad\t\tXX\nworse\t\tTWO\n"
+    give_input(monkeypatch, bad)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, folder, "-", "--format", format)
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and shown.out == "" and "none of the 2 sets could be completed" in shown.err
+    give_input(monkeypatch, f"{bad}good\t\tG1\n")
+    run(monkeypatch, folder, "-", "--format", format)
+    shown = capsys.readouterr().out
+    assert "good" in shown
+    if format == "json":
+        assert [one["set"] for one in json.loads(shown)["sets"]] == ["bad", "worse", "good"]
+
+
 def test_a_failed_output_leaves_nothing_behind(folder, monkeypatch, capsys, tmp_path):
     fails(monkeypatch, capsys, folder, "XX", "--out", str(tmp_path / "x.tsv"))
     assert list(tmp_path.iterdir()) == []

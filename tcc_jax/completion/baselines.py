@@ -6,17 +6,18 @@ Each is a `ranker.Scorer`, so that it runs over the same masks and metrics as th
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 
 from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
-from tcc_jax.completion.ranker import Scorer, batched
-from tcc_jax.corpus.similarity import Sets, join_sets, training_sets
+from tcc_jax.completion.index import TrainingIndex
+from tcc_jax.completion.ranker import Scorer
+from tcc_jax.corpus.similarity import Sets, training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, Vocabulary
 from tcc_jax.terminal import UserError, progress
@@ -24,8 +25,6 @@ from tcc_jax.terminal import UserError, progress
 NEIGHBOURS = (100, 500, 2000, 20_000)
 POWERS = (1.0, 2.0, 3.0, 4.0, 6.0)
 TUNING_SETS = 200
-# Queries compared with the training sets at once; against 350,000 sets the similarities of 32 take at most 135 MB.
-_QUERIES_AT_ONCE = 32
 _GENES_AT_ONCE = 500
 
 
@@ -53,81 +52,68 @@ class SetNeighbours:
     no neighbour holds tie at zero, so the ranker draws them by falling popularity. Only training sets are used.
 
     Args:
-        corpus: the prepared corpus.
+        index: the training sets.
         neighbours: training sets that count, at most.
         power: exponent of the similarity.
     """
 
-    def __init__(self, corpus: Corpus, neighbours: int = 500, power: float = 3.0) -> None:
+    def __init__(self, index: TrainingIndex, neighbours: int = 500, power: float = 3.0) -> None:
         self.neighbours, self.power = neighbours, power
-        train = training_sets(corpus)
-        self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
-        self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
-        # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
-        self._sets_by_gene = self._unit_rows(train).T.tocsr()
+        self._index = index
+        self._idf_V = np.log(len(index) / np.maximum(index.counts, 1))
+        self._norms = np.sqrt(np.maximum(index.members @ self._idf_V**2, 1e-18))
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`."""
-        batches = batched(visible, _QUERIES_AT_ONCE)
-        return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
+        return np.stack([self._votes(*self.nearest(self.similarities(ids), self.neighbours)) for ids in visible])
 
-    def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
-        """Return the [n, training sets] similarities to the sets that share a gene."""
-        similarities = (self._unit_rows(join_sets(visible)) @ self._sets_by_gene).tocsr()
-        similarities.sort_indices()
-        return similarities
+    def similarities(self, ids: np.ndarray) -> np.ndarray:
+        """Return [sets] float64, the similarity of a prompt, given by its genes, to each training set."""
+        sets_P, genes_P = self._index.postings(ids)
+        weights_V = self._idf_V**2 / max(math.sqrt(np.sum(self._idf_V[ids] ** 2)), 1e-9)
+        return np.bincount(sets_P, weights_V[genes_P], len(self._index)) / self._norms
 
-    def votes(self, similarities: scipy.sparse.csr_array, neighbours: int, power: float) -> np.ndarray:
-        """Return the [n, V] float32 sums of `similarities` to a power, over the nearest sets that hold each gene."""
-        nearest, offsets = [], [0]
-        for start, stop in itertools.pairwise(similarities.indptr):
-            row = np.arange(start, stop)
-            if len(row) > neighbours:
-                row = np.sort(row[np.argpartition(-similarities.data[start:stop], neighbours)[:neighbours]])
-            nearest.append(row)
-            offsets.append(offsets[-1] + len(row))
-        kept = np.concatenate(nearest)
-        votes = scipy.sparse.csr_array(
-            (similarities.data[kept] ** power, similarities.indices[kept], offsets), shape=similarities.shape
-        )
-        return (votes @ self._members).toarray()
+    def nearest(self, similarities: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nearest sets, ascending and at most so many, and their similarities, all above 0."""
+        sets = np.flatnonzero(similarities)
+        if len(sets) > neighbours:
+            sets = np.sort(sets[np.argpartition(-similarities[sets], neighbours)[:neighbours]])
+        return sets, similarities[sets]
 
-    def _unit_rows(self, sets: Sets) -> scipy.sparse.csr_array:
-        weights = self._idf_V[sets.tokens]
-        norms = np.sqrt(sets.sum(weights.astype(np.float64) ** 2))
-        weights /= np.repeat(np.maximum(norms, 1e-9), sets.lengths).astype(np.float32)
-        return sets.matrix(len(self._idf_V), weights)
+    def _votes(self, sets: np.ndarray, similarities: np.ndarray) -> np.ndarray:
+        return self._index.members[sets].T @ (similarities**self.power).astype(np.float32)
 
 
-def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
+def tuned_neighbours(index: TrainingIndex, folder: str | Path) -> SetNeighbours:
     """Return set-kNN with the power and the number of neighbours that do best on the corpus's validation split.
 
     Best is the highest mean recall at the hidden count, with a random 20 % of up to `TUNING_SETS` validation sets
     visible, over all pairs of `NEIGHBOURS` and `POWERS`. The choice is kept in `folder`, by the corpus hash. With no
     validation set that has two genes the defaults stay.
     """
-    scorer = SetNeighbours(corpus)
+    scorer = SetNeighbours(index)
     settings = {
-        "version": 1, "corpus": corpus.hash, "neighbours": NEIGHBOURS, "powers": POWERS, "sets": TUNING_SETS
+        "version": 1, "corpus": index.corpus.hash, "neighbours": NEIGHBOURS, "powers": POWERS, "sets": TUNING_SETS
     }  # fmt: skip
-    chosen = cached(folder, "set-knn", settings, lambda: _tune(scorer, corpus))
+    chosen = cached(folder, "set-knn", settings, lambda: _tune(scorer, index))
     scorer.neighbours, scorer.power = int(chosen["neighbours"]), float(chosen["power"])
     return scorer
 
 
-def _tune(scorer: SetNeighbours, corpus: Corpus) -> Arrays:
-    masked = validation_masks(corpus, TUNING_SETS)
-    pairs = list(itertools.product(NEIGHBOURS, POWERS))
-    recalls: list[list[np.ndarray]] = [[] for _ in pairs]
+def _tune(scorer: SetNeighbours, index: TrainingIndex) -> Arrays:
+    masked = validation_masks(index.corpus, TUNING_SETS)
+    recalls = {pair: 0.0 for pair in itertools.product(NEIGHBOURS, POWERS)} if masked else {}
     with progress("tuning set-kNN on the validation sets", len(masked)) as advance:
-        for batch in batched(masked, _QUERIES_AT_ONCE):
-            similarities = scorer.similarities([one.visible for one in batch])
-            for pair, found in zip(pairs, recalls, strict=True):
-                found.append(recall_of_each(scorer.votes(similarities, *pair), batch))
-            advance(len(batch))
-    settings = ((float(np.mean(np.concatenate(found))), *pair) for pair, found in zip(pairs, recalls, strict=True))
-    best = max(settings) if masked else (-1.0, scorer.neighbours, scorer.power)
-    return {"recall": np.array(best[0]), "neighbours": np.array(best[1]), "power": np.array(best[2])}
+        for one in masked:
+            similarities = scorer.similarities(one.visible)
+            for neighbours in NEIGHBOURS:
+                sets, nearest = scorer.nearest(similarities, neighbours)
+                votes = index.members[sets].T @ (nearest[:, None] ** POWERS).astype(np.float32)
+                for power, votes_V in zip(POWERS, votes.T, strict=True):
+                    recalls[neighbours, power] += recall_of_each(votes_V[None], [one])[0] / len(masked)
+            advance(1)
+    best = max(recalls, key=lambda pair: (recalls[pair], pair), default=(scorer.neighbours, scorer.power))
+    return {"recall": np.array(recalls.get(best, -1.0)), "neighbours": np.array(best[0]), "power": np.array(best[1])}
 
 
 class Ease:

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
@@ -29,8 +30,6 @@ from tcc_jax.completion.sets import (
     split_symbols,
 )
 from tcc_jax.corpus.gmt import Problems
-from tcc_jax.corpus.similarity import training_sets
-from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.files import cache_folder
@@ -97,11 +96,12 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
         corpus, missing = model.corpus(options.corpus, required=options.mixture or options.corpus is not None)
         if corpus is None:
             log(f"--why is left out: {missing}")
-        elif options.why:
-            evidence = Evidence(corpus)
-        if corpus is not None and options.mixture:
-            scorer = tuned_mixture(model, RelevanceModel(corpus), corpus, cache_folder())
-            log(scorer.describe())
+        else:
+            index = TrainingIndex(corpus)
+            evidence = Evidence(index) if options.why else None
+            if options.mixture:
+                scorer = tuned_mixture(model, RelevanceModel(index), cache_folder())
+                log(scorer.describe())
     details = {
         "checkpoint": {"path": options.checkpoint, "step": model.checkpoint.step},
         "decode": "mixture" if options.mixture else options.decode,
@@ -115,20 +115,14 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
 
 
 class Evidence:
-    """Finds the training sets that speak for proposed genes. Takes about 9 bytes for each gene of each training set.
+    """Finds the training sets that speak for proposed genes.
 
     Args:
-        corpus: the prepared corpus; only its training sets are used.
+        index: the training sets.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-        self._train = corpus.indices("train")
-        train = training_sets(corpus)
-        self._lengths = train.lengths
-        # One byte a member: only where they are matters.
-        by_gene = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.int8)).tocsc()
-        self._sets, self._starts = by_gene.indices, by_gene.indptr
+    def __init__(self, index: TrainingIndex) -> None:
+        self._index = index
 
     def __call__(self, visible: np.ndarray, proposed: Iterable[int]) -> list[list[Neighbour]]:
         """Return for each proposed gene the training sets that hold it and a visible gene, by falling Jaccard.
@@ -137,24 +131,18 @@ class Evidence:
             visible: ids of the visible genes, each once.
             proposed: ids of the proposed genes.
         """
-        touched = np.concatenate([self._holding(gene) for gene in visible])
-        shared = np.bincount(touched, minlength=len(self._train))
-        jaccard = shared / (len(visible) + self._lengths - shared)
+        shared, jaccard = self._index.shared(visible)
         evidence = []
         for gene in proposed:
-            holding = self._holding(gene)
+            holding = self._index.holding(gene)
             holding = holding[shared[holding] > 0]
             best = holding[np.lexsort((holding, -jaccard[holding]))[:_SETS_OF_EVIDENCE]]
             evidence.append([self._neighbour(place, int(shared[place]), float(jaccard[place])) for place in best])
         return evidence
 
-    def _holding(self, gene: int) -> np.ndarray:
-        return self._sets[self._starts[gene] : self._starts[gene + 1]]
-
     def _neighbour(self, place: int, shared: int, jaccard: float) -> Neighbour:
-        index = self._train[place]
-        names, libraries = self._corpus.names, self._corpus.libraries
-        return Neighbour(names[index], libraries[index], shared, int(self._lengths[place]), jaccard)
+        corpus, number, size = self._index.corpus, self._index.numbers[place], int(self._index.lengths[place])
+        return Neighbour(corpus.names[number], corpus.libraries[number], shared, size, jaccard)
 
 
 def _queries(options: CompleteOptions, finder: GeneFinder, problems: Problems) -> Iterable[KnownSet]:
@@ -300,12 +288,16 @@ def _gmt(completions: Iterable[Completion]) -> Iterator[str]:
 
 
 def _json(completions: Iterable[Completion], vocabulary: Vocabulary, details: dict[str, Any]) -> Iterator[str]:
-    # One document, one line a set.
+    # One document, one line a set. What comes before the first proposal waits for it: without any, nothing is written.
     head = json.dumps({"format_version": FORMAT_VERSION, **details}, ensure_ascii=False)
-    yield head[:-1] + ', "sets": ['
+    waiting, proposed = [head[:-1] + ', "sets": ['], False
     for place, completion in enumerate(completions):
-        yield (",\n" if place else "\n") + json.dumps(_record(completion, vocabulary), ensure_ascii=False)
-    yield "\n]}\n"
+        waiting.append((",\n" if place else "\n") + json.dumps(_record(completion, vocabulary), ensure_ascii=False))
+        proposed = proposed or bool(completion.proposals)
+        if proposed:
+            yield "".join(waiting)
+            waiting.clear()
+    yield "".join([*waiting, "\n]}\n"])
 
 
 def _record(completion: Completion, vocabulary: Vocabulary) -> dict[str, Any]:

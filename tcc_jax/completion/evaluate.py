@@ -14,6 +14,7 @@ import numpy as np
 
 from tcc_jax.completion import baselines
 from tcc_jax.completion.autoencoder import Autoencoder
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.metrics import Outcome, run_method
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import Model, load
@@ -35,7 +36,6 @@ from tcc_jax.completion.report import Report, write_report
 from tcc_jax.completion.sets import (
     GeneFinder,
     KnownSet,
-    best_training_jaccard,
     choose_sets,
     read_background,
     read_sets,
@@ -87,7 +87,8 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
         where = ", ".join(options.gmt) or f"the {options.split} split of {corpus and corpus.path}"
         _list_skipped(skipped, problems)
         raise UserError(f"{where}: no set has two genes in the model's vocabulary")
-    methods = _methods(options, model, corpus, missing)
+    index = None if corpus is None else TrainingIndex(corpus)
+    methods = _methods(options, model, index, missing)
     rare_V = rarest_third(vocabulary.counts, [sets[one.place] for one in trials[0]])
     outcomes = _run(methods, trials, candidates_V, rare_V, "completing with")
     curves: dict[str, list[tuple[float, list[Outcome]]]] = {}
@@ -98,10 +99,9 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
             found = _run(methods, [masks], candidates_V, None, f"{name} {share:g}:")
             curves.setdefault(name, []).append((share, found))
     jaccard = None
-    if corpus is not None:
-        evaluated = [sets[one.place] for one in trials[0]]
-        with progress("leak report", len(evaluated)) as advance:
-            jaccard = best_training_jaccard(corpus, evaluated, advance)
+    if index is not None:
+        with progress("leak report", len(trials[0])) as advance:
+            jaccard = index.best_jaccard([sets[one.place].ids for one in trials[0]], advance)
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
     notes = [*methods.notes, *recorded, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
     if corpus is None:
@@ -165,7 +165,7 @@ def _recorded(counts: list[DrawnCounts], alpha: float) -> str:
     return f"the recorded tables: {significant:,} of {len(counts):,} sets significant at {alpha:g}, recall {recall:.3f}"
 
 
-def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, missing: str) -> _Methods:
+def _methods(options: EvaluateOptions, model: Model, index: TrainingIndex | None, missing: str) -> _Methods:
     found = _Methods(
         {
             "model": model.score,
@@ -173,20 +173,20 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
             "random": baselines.random_genes(model.vocabulary, options.seed),
         }
     )
-    if corpus is None:
+    if index is None:
         names = ("set-kNN", "relevance", "EASE", "auto-encoder", *(("mixture",) if options.mixture else ()))
         found.left_out = dict.fromkeys(names, missing)
         return found
-    folder = Path(options.cache or cache_folder())
+    corpus, folder = index.corpus, Path(options.cache or cache_folder())
     if options.knn is None:
-        neighbours, how = baselines.tuned_neighbours(corpus, folder), "tuned on the validation split"
+        neighbours, how = baselines.tuned_neighbours(index, folder), "tuned on the validation split"
     else:
-        neighbours, how = baselines.SetNeighbours(corpus, *options.knn), "as given"
+        neighbours, how = baselines.SetNeighbours(index, *options.knn), "as given"
     found.scorers["set-kNN"] = neighbours
     found.note(
         f"set-kNN: nearest {neighbours.neighbours:,} training sets, idf cosine to the power {neighbours.power:g}, {how}"
     )
-    relevance = found.scorers["relevance"] = RelevanceModel(corpus)
+    relevance = found.scorers["relevance"] = RelevanceModel(index)
     found.note(relevance.describe())
     if options.baselines == "all":
         ease = found.scorers["EASE"] = baselines.Ease(corpus, folder, options.ease_genes, options.ease_penalty)
@@ -202,7 +202,7 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
     else:
         found.left_out = dict.fromkeys(("EASE", "auto-encoder"), "run with --baselines all")
     if options.mixture:
-        mixture = found.scorers["mixture"] = tuned_mixture(model, relevance, corpus, folder)
+        mixture = found.scorers["mixture"] = tuned_mixture(model, relevance, folder)
         found.note(mixture.describe())
     return found
 

@@ -15,7 +15,6 @@ from tcc_jax.completion.model import Model
 from tcc_jax.completion.protocol import genes_of
 from tcc_jax.completion.ranker import Scorer, batched
 from tcc_jax.completion.relevance import RelevanceModel
-from tcc_jax.corpus.store import Corpus
 from tcc_jax.terminal import progress
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -50,7 +49,7 @@ class Mixture:
         )
 
 
-def tuned_mixture(model: Model, retrieval: RelevanceModel, corpus: Corpus, folder: str | Path) -> Mixture:
+def tuned_mixture(model: Model, retrieval: RelevanceModel, folder: str | Path) -> Mixture:
     """Return the mixture with the weight that does best on the corpus's validation split.
 
     Best is the highest mean recall at the hidden count, with a random 20 % of up to `TUNING_SETS` validation sets
@@ -65,27 +64,27 @@ def tuned_mixture(model: Model, retrieval: RelevanceModel, corpus: Corpus, folde
     # An export has the one of its arrays, a checkpoint that of all it holds.
     digest = checkpoint.meta.get("arrays_sha256") or checkpoint.meta["record_sha256"]
     settings = {
-        "version": 5, "corpus": corpus.hash, "model": [asdict(checkpoint.config.model), digest], "weights": WEIGHTS,
-        "sets": TUNING_SETS, "relevance": retrieval.settings,
+        "version": 5, "corpus": retrieval.index.corpus.hash, "model": [asdict(checkpoint.config.model), digest],
+        "weights": WEIGHTS, "sets": TUNING_SETS, "relevance": retrieval.settings,
     }  # fmt: skip
-    chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, retrieval, corpus))
+    chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, retrieval))
     return Mixture(model.score, retrieval, float(chosen["weight"]))
 
 
-def _tune(model: Scorer, retrieval: RelevanceModel, corpus: Corpus) -> Arrays:
-    masked = validation_masks(corpus, TUNING_SETS)
+def _tune(model: Scorer, retrieval: RelevanceModel) -> Arrays:
+    masked = validation_masks(retrieval.index.corpus, TUNING_SETS)
     sizes = np.bincount(retrieval.libraries)
     # Without most of its sets a corpus says little: a library that large keeps its votes.
     codes = {name: code for code, name in enumerate(retrieval.names) if 2 * sizes[code] <= sizes.sum()}
     totals = np.zeros(len(WEIGHTS))
     with progress("weighing the mixture on the validation sets", len(masked)) as advance:
         for batch in batched(masked, _SETS_AT_ONCE):
-            visible = [one.visible for one in batch]
-            likelihoods = retrieval.likelihoods(visible)
-            own = np.repeat([codes.get(one.library, -1) for one in batch], np.diff(likelihoods.indptr))
-            likelihoods.data[retrieval.libraries[likelihoods.indices] == own] = 0
-            likelihoods.eliminate_zeros()
-            parts = _parts(model(visible), retrieval.votes(likelihoods, visible), visible)
+            visible, votes = [one.visible for one in batch], []
+            for one in batch:
+                likelihoods = retrieval.likelihoods(one.visible)
+                likelihoods[retrieval.libraries == codes.get(one.library, -1)] = 0
+                votes.append(retrieval.votes(likelihoods, one.visible))
+            parts = _parts(model(visible), np.stack(votes), visible)
             totals += [recall_of_each(np.asarray(_mix(*parts, weight)), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
     return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(np.argmax(totals))])}

@@ -25,7 +25,7 @@ from tcc_jax.corpus.store import Corpus, open_corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD, START, Vocabulary
 from tcc_jax.model.decoder import Params, merge
-from tcc_jax.storage import as_path
+from tcc_jax.storage import as_path, check_bucket
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import LoadedCheckpoint, read_checkpoint
 
@@ -244,23 +244,14 @@ class Model:
             The corpus, or None and why there is none.
 
         Raises:
-            UserError: it is required, and not there or of another vocabulary.
+            UserError: it is required, and not there, not readable or of another vocabulary.
         """
-        path = path or self.checkpoint.config.data.corpus
-        if not as_path(path).exists():
-            missing = f"the corpus {path} is not there; name it with --corpus"
+        try:
+            return self._open_corpus(as_path(path or self.checkpoint.config.data.corpus)), ""
+        except (UserError, OSError) as error:
             if required:
-                raise UserError(missing)
-            return None, missing
-        corpus = open_corpus(path)
-        theirs, ours = corpus.vocabulary.hash, self.vocabulary.hash
-        if theirs == ours:
-            return corpus, ""
-        checkpoint = f"checkpoint {self.checkpoint.run_directory} ({ours[:12]})"
-        other = f"the corpus {path} has another vocabulary ({theirs[:12]}) than {checkpoint}"
-        if required:
-            raise UserError(f"{other}; name the corpus it was trained on with --corpus")
-        return None, other
+                raise
+            return None, str(error)
 
     def background(self, symbols: Iterable[str]) -> np.ndarray:
         """Return [V] bool: which genes a list of approved symbols allows.
@@ -280,6 +271,19 @@ class Model:
             Proposal(place, self.vocabulary.symbols[id_], float(share))
             for place, (id_, share) in enumerate(zip(ids, probabilities, strict=True), start=1)
         ]
+
+    def _open_corpus(self, path: Path) -> Corpus:
+        check_bucket(path)
+        if not path.exists():
+            raise UserError(f"the corpus {path} is not there; name it with --corpus")
+        corpus = open_corpus(path)
+        theirs, ours = corpus.vocabulary.hash, self.vocabulary.hash
+        if theirs != ours:
+            raise UserError(
+                f"the corpus {path} has another vocabulary ({theirs[:12]}) than checkpoint "
+                f"{self.checkpoint.run_directory} ({ours[:12]}); name the corpus it was trained on with --corpus"
+            )
+        return corpus
 
     @functools.cached_property
     def _sampler(self) -> Sampler:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-from tcc_jax.completion.ranker import batched
-from tcc_jax.corpus.similarity import Sets, join_sets, training_sets
-from tcc_jax.corpus.store import Corpus
+from tcc_jax.completion.index import TrainingIndex
 
 # Chosen on validation sets of the real corpus while their own libraries had no vote (benchmarks/EVAL.md). Power times
 # pooling from 4.9 to 5.6, half the smoothing, and half or twice as many sets are within 0.003 of recall.
@@ -17,8 +15,6 @@ _SMOOTHING = 0.1
 _POWER = 8.0
 _NEAREST = 1000
 _POOLING = 0.65
-# Queries compared with the training sets at once; against 350,000 sets the likelihoods of 32 take at most 135 MB.
-_QUERIES_AT_ONCE = 32
 
 
 class RelevanceModel:
@@ -36,26 +32,24 @@ class RelevanceModel:
     Genes that no such set holds tie at zero, so the ranker draws them by falling popularity.
 
     Args:
-        corpus: the prepared corpus; only its training sets are used.
+        index: the training sets.
 
     Attributes:
+        index: the same.
         names: [libraries] names of the libraries of the training sets, sorted.
         libraries: [training sets] the number of each one's library among these.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
-        train, index = training_sets(corpus), corpus.indices("train")
-        size = corpus.vocabulary.size
-        self._members = train.matrix(size, np.ones(len(train.tokens), np.float32))
-        # By gene: the sets that hold it, so that a query touches only the sets that share a gene with it.
-        self._ratios_by_gene = train.matrix(size, _log_ratios(train, size)).T.tocsr()
-        self._clusters = corpus.clusters[index]
-        self.names, self.libraries = np.unique([corpus.libraries[number] for number in index], return_inverse=True)
+    def __init__(self, index: TrainingIndex) -> None:
+        self.index, corpus = index, index.corpus
+        self._odds_V = _SMOOTHING * index.counts.sum() / np.maximum(index.counts, 1)
+        self._clusters = corpus.clusters[index.numbers]
+        libraries = [corpus.libraries[number] for number in index.numbers]
+        self.names, self.libraries = np.unique(libraries, return_inverse=True)
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`."""
-        batches = batched(visible, _QUERIES_AT_ONCE)
-        return np.concatenate([self.votes(self.likelihoods(batch), batch) for batch in batches])
+        return np.stack([self.votes(self.likelihoods(ids), ids) for ids in visible])
 
     @property
     def settings(self) -> dict[str, float]:
@@ -69,23 +63,19 @@ class RelevanceModel:
             f"pooled over {len(self.names):,} librar{'y' if len(self.names) == 1 else 'ies'}"
         )
 
-    def likelihoods(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
-        """Return the [n, training sets] log-likelihood ratios of the sets that share a gene, float32, over 0."""
-        prompts = join_sets(visible)
-        genes = prompts.matrix(self._members.shape[1], np.ones(len(prompts.tokens), np.float32))
-        likelihoods = (genes @ self._ratios_by_gene).tocsr()
-        likelihoods.sort_indices()
-        return likelihoods
+    def likelihoods(self, ids: np.ndarray) -> np.ndarray:
+        """Return [sets] float32, the log-likelihood ratio of a prompt, given by its genes, under each training set."""
+        sets_P, genes_P = self.index.postings(ids)
+        ratios_P = np.log1p(self._odds_V[genes_P] / self.index.lengths[sets_P])
+        return np.bincount(sets_P, ratios_P, len(self.index)).astype(np.float32)
 
-    def votes(self, likelihoods: scipy.sparse.csr_array, visible: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the [n, V] float32 scores; sets that `likelihoods` does not hold have no vote."""
-        scores = np.zeros((len(visible), self._members.shape[1]), np.float32)
-        for row, ids in enumerate(visible):
-            part = slice(*likelihoods.indptr[row : row + 2])
-            sets, ratios = self._nearest(likelihoods.indices[part], likelihoods.data[part])
-            if len(sets):
-                scores[row] = self._pooled(sets, (ratios / ratios.max()) ** _POWER, ids)
-        return scores
+    def votes(self, likelihoods: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the [V] float32 scores; sets of likelihood 0 have no vote."""
+        sets = np.flatnonzero(likelihoods)
+        if not len(sets):
+            return np.zeros(self.index.members.shape[1], np.float32)
+        sets, ratios = self._nearest(sets, likelihoods[sets])
+        return self._pooled(sets, (ratios / ratios.max()) ** _POWER, ids)
 
     def _nearest(self, sets: np.ndarray, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Sets come by number: among equals the first are taken.
@@ -100,7 +90,7 @@ class RelevanceModel:
         return sets[best], ratios[best]
 
     def _pooled(self, sets: np.ndarray, weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        members = self._members[sets]
+        members = self.index.members[sets]
         # At least one of the sets holds a gene; one that none of the nearest holds has no vote to share.
         held_V = weights @ members
         shares_V = np.zeros_like(held_V)
@@ -111,9 +101,3 @@ class RelevanceModel:
         votes = by_library @ members
         votes.data **= _POOLING
         return votes.sum(axis=0)
-
-
-def _log_ratios(sets: Sets, num_genes: int) -> np.ndarray:
-    counts_V = np.bincount(sets.tokens, minlength=num_genes)
-    expected = np.repeat(sets.lengths, sets.lengths) * (counts_V / len(sets.tokens))[sets.tokens]
-    return np.log1p(_SMOOTHING / expected).astype(np.float32)

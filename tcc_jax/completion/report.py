@@ -61,7 +61,8 @@ class Report:
         trials: for each seed the sets that were completed, in the order of the outcomes' arrays.
         alpha: level of significance.
         seed: of the bootstrap.
-        best_jaccard_N: [N] float64, each set's largest Jaccard to a training set; None without the corpus.
+        best_jaccard_N: [N] float64, each set's largest Jaccard to a training set, over the genes of the vocabulary;
+            None without the corpus.
         left_out: baselines that were not run, each with the reason.
         curves: for `sweep` and `noise`, the share and the outcomes of each point.
         notes: what a reader must know to read the numbers, one sentence each.
@@ -265,7 +266,7 @@ class Report:
         counts = list(self.leaks["with_training_set_at_jaccard"].values())
         header = ("leak report", *(f"Jaccard {level:g}" for level in LEAK_LEVELS))
         rows = [(f"of {len(self.sets):,} sets, those with a training set at", *counts)]
-        return Table("How near the sets are to the training sets", header, rows)
+        return Table("How near the sets are to the training sets", header, rows, "over the genes of the vocabulary")
 
     def _subset_table(self, title: str, what: str, rows: list[dict[str, Any]], most: int | None = None) -> Table:
         groups: dict[str, list[dict[str, Any]]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt, read_lines
-from tcc_jax.corpus.similarity import join_sets, nearest, training_sets
 from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.symbols import Resolution, SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
@@ -174,24 +173,6 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
             what = {"not_mapped": "not mapped", "not_in_vocabulary": "not in the vocabulary"}[name]
             lines.append(f"{what}: {len(counts):,} symbols, {counts.total():,} mentions (most often {few})")
     return summary, lines
-
-
-def best_training_jaccard(
-    corpus: Corpus, sets: Sequence[KnownSet], advance: Callable[[int], None] = lambda count: None
-) -> np.ndarray:
-    """Return [sets] float64: the largest Jaccard of each set to a training set; genes outside count in the union.
-
-    Args:
-        corpus: the prepared corpus.
-        sets: whole sets, not masked ones, with ids of the corpus's vocabulary.
-        advance: told the number of sets just done.
-    """
-    size = corpus.vocabulary.size
-    # Genes that no training set can hold get numbers past the vocabulary.
-    queries = join_sets([np.concatenate([one.ids, size + np.arange(one.outside)]) for one in sets])
-    num_genes = size + max((one.outside for one in sets), default=0)
-    best, _ = nearest(queries, training_sets(corpus), num_genes, 1.0, advance)
-    return best
 
 
 def split_symbols(text: str) -> list[str]:

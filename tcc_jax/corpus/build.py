@@ -112,6 +112,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     """
     _check(options)
     files = find_gmt_files(gmt)
+    holdout_files = find_gmt_files(options.holdout) if options.holdout else []
     table = SymbolTable.read(options.hgnc, options.case_insensitive)
     raw = read_sets(files)
     problems = raw.problems
@@ -127,7 +128,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder.count(f"at least {options.min_mapped:.0%} mapped to HGNC")
     builder.collapse(_in_test_library(builder, options))
     builder.count("exact duplicates collapsed")
-    held_out = _read_holdout(options, table, mapped.genes)
+    held_out = _read_holdout(options, holdout_files, table, mapped.genes)
     if held_out is not None:
         _hold_out(builder, held_out, num_genes, options.max_jaccard)
         builder.count(f"held-out sets and those at Jaccard >= {options.max_jaccard:g} dropped")
@@ -141,9 +142,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder.count(f"sets under {options.min_genes} genes dropped")
     if held_out is not None:
         # Without its rare genes a set can be nearer to a held-out one than before: look again at what is trained on.
-        known = held_out.tokens < num_genes
-        remaining = held_out.keep_mentions(known & enough[np.where(known, held_out.tokens, 0)])
-        _hold_out(builder, remaining.select(remaining.lengths > 0), num_genes, options.max_jaccard)
+        _hold_out(builder, _with_genes_of(builder.sets, held_out), num_genes, options.max_jaccard)
         builder.count("near-duplicates of held-out sets dropped again")
     clusters, cluster_sizes = _cluster(builder.sets, num_genes, options)
     splits = _split(builder, clusters, options)
@@ -158,14 +157,15 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     vocabulary, ids = _vocabulary(builder.sets, splits, mapped.genes, table)
     leak_report: dict[str, Any] = {"test": leaks}
     if held_out is not None:
-        leak_report["holdout"] = _leaks(held_out, builder.sets.select(splits == TRAIN), num_genes)
+        known = _with_genes_of(builder.sets, held_out)
+        leak_report["holdout"] = _leaks(known, builder.sets.select(splits == TRAIN), num_genes)
     return Corpus(
         path=Path(),
         meta={
             "options": _options_as_json(options),
             "sources": [{"file": file.name, "sha256": sha256(file)} for file in files],
             "hgnc": _hgnc_source(options),
-            "holdout": [{"file": file.name, "sha256": sha256(file)} for file in options.holdout],
+            "holdout": [{"file": file.name, "sha256": sha256(file)} for file in holdout_files],
             "counts": builder.counts,
             "harmonisation": mapped.report,
             "problems": {kind: int(count) for kind, count in problems.counts.items()},
@@ -239,17 +239,17 @@ def _first_equal(sets: Sets, preferred: np.ndarray | None) -> np.ndarray:
     return first
 
 
-def _read_holdout(options: BuildOptions, table: SymbolTable, genes: list[str]) -> Sets | None:
-    if not options.holdout:
+def _read_holdout(options: BuildOptions, files: list[Path], table: SymbolTable, genes: list[str]) -> Sets | None:
+    if not files:
         return None
-    raw = read_sets(find_gmt_files(options.holdout))
+    raw = read_sets(files)
     mapped = map_sets(raw, table, min_mapped=0.0)
     names = ", ".join(str(path) for path in options.holdout)
     log_lines(f"held out: {line}" for line in (*raw.problems.lines(), *report_lines(mapped.report)))
     log(f"held out: {len(mapped.sets):,} of the {len(raw.sets):,} sets in {names} have genes that map to HGNC")
     if not len(mapped.sets):
         raise UserError(f"--holdout {names}: no gene in it maps to HGNC, so nothing would be held out")
-    # Genes the corpus lacks count in the union, so they get numbers past its own.
+    # Genes that none of the sets has count in the union at first, so they get numbers past theirs.
     number = {gene: index for index, gene in enumerate(genes)}
     for gene in mapped.genes:
         number.setdefault(gene, len(number))
@@ -262,6 +262,11 @@ def _hold_out(builder: _Builder, held_out: Sets, num_genes: int, limit: float) -
     with progress("comparing with the held-out sets", total=len(held_out)) as advance:
         _, near = nearest(held_out, builder.sets, size, limit, advance)
     builder.select(~near)
+
+
+def _with_genes_of(sets: Sets, held_out: Sets) -> Sets:
+    # The others are gone from the corpus: counted, they would make a copy of one of its sets look unlike it.
+    return held_out.keep_mentions(np.isin(held_out.tokens, sets.tokens))
 
 
 def _cluster(sets: Sets, num_genes: int, options: BuildOptions) -> tuple[np.ndarray, dict[str, int]]:
@@ -343,9 +348,8 @@ def _drop_leaks(
 
 
 def _leaks(queries: Sets, training: Sets, num_genes: int) -> dict[str, Any]:
-    size = max(num_genes, int(queries.tokens.max(initial=0)) + 1)
     with progress("leak report", total=len(queries)) as advance:
-        best, _ = nearest(queries, training, size, 1.0, advance)
+        best, _ = nearest(queries, training, num_genes, 1.0, advance)
     return leak_counts(best)
 
 

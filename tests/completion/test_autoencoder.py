@@ -24,15 +24,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_it_finds_the_family_and_is_trained_once(corpus, folder, monkeypatch):
+@pytest.fixture(scope="module")
+def trained(corpus, folder):
+    return autoencoder.Autoencoder(corpus, folder, STEPS)
+
+
+def test_it_finds_the_family_and_is_trained_once(corpus, folder, trained, monkeypatch):
     visible = [np.arange(start, start + 4, dtype=np.int32) + NUM_SPECIAL for start in (0, 20, 40)]
-    scorer = autoencoder.Autoencoder(corpus, folder, STEPS)
-    ids, _ = rank(scorer, visible, [16] * 3)
+    ids, _ = rank(trained, visible, [16] * 3)
     for family, drawn in enumerate(ids):
         assert ((drawn - NUM_SPECIAL) // FAMILY == family).mean() > 0.9
     monkeypatch.setattr(autoencoder, "_fit", None)
     again = autoencoder.Autoencoder(corpus, folder, STEPS)(visible)
-    np.testing.assert_array_equal(scorer(visible), again)
+    np.testing.assert_array_equal(trained(visible), again)
 
 
 def test_the_seed_decides(corpus, tmp_path):
@@ -45,7 +49,7 @@ def test_the_seed_decides(corpus, tmp_path):
     assert (first != other).any()
 
 
-def test_the_network_is_that_of_gsfm(corpus, folder):
+def test_the_network_is_that_of_gsfm(corpus, folder, trained):
     with np.load(next(iter(folder.glob("autoencoder-*.npz"))), allow_pickle=False) as file:
         shapes = {name: file[name].shape for name in file.files if name != "settings"}
         weights = {name: file[name].astype(np.float64) for name in shapes}
@@ -63,8 +67,7 @@ def test_the_network_is_that_of_gsfm(corpus, folder):
         # The bottleneck is linear.
         x = x if layer == 1 else np.maximum(x, 0)
     expected = x @ weights["weight3"] + weights["bias3"]
-    scores = autoencoder.Autoencoder(corpus, folder, STEPS)(visible)
-    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trained(visible), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_output_starts_at_the_log_odds_of_each_gene(corpus, tmp_path, monkeypatch):

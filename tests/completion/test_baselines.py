@@ -6,6 +6,7 @@ import pytest
 
 from tcc_jax.completion import baselines
 from tcc_jax.completion.baselines import Ease
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.protocol import genes_of, mask_sets
 from tcc_jax.completion.ranker import rank
 from tcc_jax.completion.sets import sets_from_corpus
@@ -54,7 +55,7 @@ def test_set_neighbours_equal_brute_force(tmp_path, neighbours):
     corpus = make_corpus(tmp_path / "corpus")
     rng = np.random.default_rng(0)
     visible = [rng.choice(60, rng.integers(1, 9), replace=False).astype(np.int32) + NUM_SPECIAL for _ in range(40)]
-    scores = baselines.SetNeighbours(corpus, neighbours)(visible)
+    scores = baselines.SetNeighbours(TrainingIndex(corpus), neighbours)(visible)
     for row, ids in enumerate(visible):
         expected = brute_force_neighbours(corpus, ids.tolist(), neighbours, 3)
         np.testing.assert_allclose(scores[row], expected, rtol=1e-4, atol=1e-6)
@@ -63,14 +64,14 @@ def test_set_neighbours_equal_brute_force(tmp_path, neighbours):
 def test_nearest_sets_alone_count(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     visible = [corpus.genes(int(index))[:4].astype(np.int32) for index in corpus.indices("test")[:5]]
-    scores = baselines.SetNeighbours(corpus, neighbours=1)(visible)
+    scores = baselines.SetNeighbours(TrainingIndex(corpus), neighbours=1)(visible)
     held = [set(corpus.genes(int(index)).tolist()) for index in corpus.indices("train")]
     for row in scores:
         assert set(np.flatnonzero(row).tolist()) in held
 
 
 def test_nothing_visible_leaves_all_genes_tied(tmp_path):
-    scores = baselines.SetNeighbours(make_corpus(tmp_path / "corpus"))(
+    scores = baselines.SetNeighbours(TrainingIndex(make_corpus(tmp_path / "corpus")))(
         [np.array([16], np.int32), np.empty(0, np.int32)]
     )
     assert (scores[1] == 0).all() and (scores[0] > 0).any()
@@ -83,27 +84,27 @@ def slow_recall(corpus, scorer, masked):
 
 def test_tuning_takes_the_best_on_the_validation_split(tmp_path, monkeypatch):
     corpus = make_corpus(tmp_path / "corpus", num_sets=300)
-    tuned = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    tuned = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
     masked, _ = mask_sets(sets_from_corpus(corpus, "validation"), genes_of(corpus.vocabulary.size))
     pairs = itertools.product(baselines.NEIGHBOURS, baselines.POWERS)
-    recalls = [slow_recall(corpus, baselines.SetNeighbours(corpus, *pair), masked) for pair in pairs]
+    recalls = [slow_recall(corpus, baselines.SetNeighbours(TrainingIndex(corpus), *pair), masked) for pair in pairs]
     np.testing.assert_allclose(slow_recall(corpus, tuned, masked), max(recalls))
     monkeypatch.setattr(baselines, "_tune", None)
-    again = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    again = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
     assert (again.neighbours, again.power) == (tuned.neighbours, tuned.power)
 
 
 def test_without_validation_sets_the_defaults_stay(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     corpus = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
-    tuned = baselines.tuned_neighbours(corpus, tmp_path / "cache")
+    tuned = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
     assert (tuned.neighbours, tuned.power) == (500, 3.0)
 
 
 def test_set_neighbours_find_the_family(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     visible = [np.arange(NUM_SPECIAL, NUM_SPECIAL + 4, dtype=np.int32)]
-    ids, _ = rank(baselines.SetNeighbours(corpus), visible, [16])
+    ids, _ = rank(baselines.SetNeighbours(TrainingIndex(corpus)), visible, [16])
     assert (ids[0] < NUM_SPECIAL + FAMILY).all()
 
 

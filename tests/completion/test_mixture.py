@@ -6,6 +6,7 @@ import pytest
 from tcc_jax.completion import mixture as module
 from tcc_jax.completion import relevance
 from tcc_jax.completion.fitting import validation_masks
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.mixture import WEIGHTS, Mixture, tuned_mixture
 from tcc_jax.completion.model import load
 from tcc_jax.completion.ranker import rank
@@ -50,15 +51,14 @@ def test_weight_is_the_best_on_the_validation_split_and_kept(tmp_path, monkeypat
     make_run(tmp_path / "run", corpus)
     # Few sets count: those of the own library must not take the place of others.
     monkeypatch.setattr(relevance, "_NEAREST", 5)
-    model, retrieval = load(tmp_path / "run"), RelevanceModel(corpus)
-    tuned = tuned_mixture(model, retrieval, corpus, tmp_path / "cache")
+    model, retrieval = load(tmp_path / "run"), RelevanceModel(TrainingIndex(corpus))
+    tuned = tuned_mixture(model, retrieval, tmp_path / "cache")
     masked, recalls = validation_masks(corpus, 1000), np.zeros(len(WEIGHTS))
     for one in masked:
-        likelihoods = retrieval.likelihoods([one.visible])
+        likelihoods = retrieval.likelihoods(one.visible)
         names = np.array([corpus.libraries[set_] for set_ in corpus.indices("train")])
-        likelihoods.data[names[likelihoods.indices] == one.library] = 0
-        likelihoods.eliminate_zeros()
-        (votes_V,) = retrieval.votes(likelihoods, [one.visible])
+        likelihoods[names == one.library] = 0
+        votes_V = retrieval.votes(likelihoods, one.visible)
         for number, weight in enumerate(WEIGHTS):
             mixture = Mixture(model.score, lambda visible, votes_V=votes_V: votes_V[None], weight)
             (drawn,), _ = rank(mixture, [one.visible], [len(one.hidden)])
@@ -66,26 +66,26 @@ def test_weight_is_the_best_on_the_validation_split_and_kept(tmp_path, monkeypat
     assert recalls[WEIGHTS.index(tuned.weight)] == pytest.approx(recalls.max())
     assert tuned.weight > 0 and f"{tuned.weight:g} s" in tuned.describe()
     unsplit = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
-    assert tuned_mixture(model, retrieval, unsplit, tmp_path / "another cache").weight == 0
+    assert tuned_mixture(model, RelevanceModel(TrainingIndex(unsplit)), tmp_path / "another cache").weight == 0
     monkeypatch.setattr(module, "_tune", None)
-    assert tuned_mixture(model, retrieval, corpus, tmp_path / "cache").weight == tuned.weight
+    assert tuned_mixture(model, retrieval, tmp_path / "cache").weight == tuned.weight
     # Other parameters or settings are weighed anew.
     make_run(tmp_path / "other", corpus, seed=4)
     with pytest.raises(TypeError):
-        tuned_mixture(load(tmp_path / "other"), retrieval, corpus, tmp_path / "cache")
+        tuned_mixture(load(tmp_path / "other"), retrieval, tmp_path / "cache")
     monkeypatch.setattr(relevance, "_POWER", 2.0)
     with pytest.raises(TypeError):
-        tuned_mixture(model, retrieval, corpus, tmp_path / "cache")
+        tuned_mixture(model, retrieval, tmp_path / "cache")
 
 
 def test_only_a_library_with_most_of_the_training_sets_keeps_its_votes(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", num_sets=300)
     make_run(tmp_path / "run", corpus)
     model = load(tmp_path / "run")
-    alone = tuned_mixture(model, RelevanceModel(corpus), corpus, tmp_path / "one")
+    alone = tuned_mixture(model, RelevanceModel(TrainingIndex(corpus)), tmp_path / "one")
     names = ["test" if split == 2 else "train" for split in corpus.splits]
     unseen = dataclasses.replace(corpus, libraries=names)
-    assert tuned_mixture(model, RelevanceModel(unseen), unseen, tmp_path / "two").weight == alone.weight > 0
+    assert tuned_mixture(model, RelevanceModel(TrainingIndex(unseen)), tmp_path / "two").weight == alone.weight > 0
     # Families share no gene: where each is a library of its own, nothing is left to vote.
     apart = dataclasses.replace(corpus, libraries=[f"family {index % 3}" for index in range(corpus.num_sets)])
-    assert tuned_mixture(model, RelevanceModel(apart), apart, tmp_path / "three").weight == 0
+    assert tuned_mixture(model, RelevanceModel(TrainingIndex(apart)), tmp_path / "three").weight == 0

@@ -229,6 +229,34 @@ def test_what_is_sampled_depends_on_the_seed_and_the_set_alone(model):
     assert [one.symbol for one in model.complete(sets[1], 12, sampling=Sampling(seed=5))] != names[1]
 
 
+def test_a_corpus_that_cannot_be_had_is_missed_only_where_it_is_required(model, tmp_path, monkeypatch):
+    class Unreachable:
+        def call(self, *arguments, **more):
+            raise ConnectionError("no network")
+
+    def without_gcsfs():
+        raise UserError("gs:// paths need another package")
+
+    damaged = make_corpus(tmp_path / "damaged").path
+    with open(damaged / "genes.tsv", "a") as file:
+        file.write("more")
+    corpus = "gs://bucket/corpus"
+    for store, path, words in (
+        (lambda: Unreachable(), corpus, "gs://bucket/corpus: the bucket cannot be listed: no network"),
+        (without_gcsfs, corpus, "gs:// paths need another package"),
+        (None, damaged, f"{damaged / 'genes.tsv'}: damaged or edited"),
+        (None, make_corpus(tmp_path / "other", prefix="H").path, "has another vocabulary"),
+        (None, tmp_path / "nowhere", f"the corpus {tmp_path / 'nowhere'} is not there; name it with --corpus"),
+    ):
+        if store:
+            monkeypatch.setattr("tcc_jax.storage._store", store)
+        found, why = model.corpus(path, required=False)
+        assert found is None and words in why
+        with pytest.raises(UserError) as error:
+            model.corpus(path, required=True)
+        assert str(error.value) == why and "\n" not in why
+
+
 def test_a_stream_is_read_a_window_at_a_time(model, monkeypatch):
     monkeypatch.setattr("tcc_jax.completion.model.WINDOW", 8)
     read = []

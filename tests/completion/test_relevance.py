@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion import relevance as module
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.ranker import rank
 from tcc_jax.completion.relevance import RelevanceModel
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
@@ -51,7 +52,7 @@ def test_equals_a_loop_in_float64(tmp_path, monkeypatch, nearest):
         clusters=rng.integers(0, 40, corpus.num_sets),
     )
     visible = [rng.choice(60, rng.integers(1, 9), replace=False).astype(np.int32) + NUM_SPECIAL for _ in range(30)]
-    model = RelevanceModel(corpus)
+    model = RelevanceModel(TrainingIndex(corpus))
     scores = model(visible)
     assert scores.dtype == np.float32 and model.names.tolist() == ["library 0", "library 1", "library 2"]
     for row, ids in enumerate(visible):
@@ -60,7 +61,7 @@ def test_equals_a_loop_in_float64(tmp_path, monkeypatch, nearest):
 
 
 def test_a_row_does_not_depend_on_the_others_and_finds_its_family(tmp_path):
-    model = RelevanceModel(make_corpus(tmp_path / "corpus"))
+    model = RelevanceModel(TrainingIndex(make_corpus(tmp_path / "corpus")))
     visible = [np.arange(start, start + 4, dtype=np.int32) for start in range(NUM_SPECIAL, NUM_SPECIAL + 40)]
     together = model(visible)
     np.testing.assert_array_equal(together[7], model(visible[7:8])[0])
@@ -74,7 +75,7 @@ def test_nothing_visible_and_genes_of_no_training_set_leave_all_genes_tied(tmp_p
     splits = np.where([16 in corpus.genes(index) for index in range(corpus.num_sets)], 2, corpus.splits)
     corpus = dataclasses.replace(corpus, splits=splits.astype(np.uint8))
     nothing, unheld = np.empty(0, np.int32), np.array([16], np.int32)
-    scores = RelevanceModel(corpus)([nothing, np.array([20], np.int32), unheld])
+    scores = RelevanceModel(TrainingIndex(corpus))([nothing, np.array([20], np.int32), unheld])
     assert not scores[0].any() and scores[1].any() and not scores[2].any()
 
 
@@ -83,7 +84,7 @@ def test_a_gene_that_none_of_the_nearest_sets_holds_has_no_vote_to_share(tmp_pat
     monkeypatch.setattr(module, "_NEAREST", 1)
     # Families share no gene: the nearest set holds genes of one only.
     visible = [np.array([20, 21, 22, 23, 40], np.int32)]
-    (scores,) = RelevanceModel(corpus)(visible)
+    (scores,) = RelevanceModel(TrainingIndex(corpus))(visible)
     assert np.isfinite(scores).all() and scores.any()
     np.testing.assert_allclose(
         scores / scores.max(), (expected := brute_force(corpus, visible[0].tolist(), 1)) / expected.max(), rtol=1e-4

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion import baselines, plots
+from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.metrics import run_method
 from tcc_jax.completion.protocol import genes_of, mask_sets, rarest_third
 from tcc_jax.completion.report import FORMAT_VERSION, Report, write_report
@@ -29,7 +30,7 @@ def make_report(corpus, **changes):
     genes, rare = genes_of(corpus.vocabulary.size), rarest_third(corpus.vocabulary.counts, sets)
     trials = [mask_sets(sets, genes, seed=seed)[0] for seed in range(2)]
     scorers = {
-        "model": baselines.SetNeighbours(corpus),
+        "model": baselines.SetNeighbours(TrainingIndex(corpus)),
         "popularity": baselines.popularity(corpus.vocabulary),
         NASTY: baselines.random_genes(corpus.vocabulary),
     }

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -7,14 +5,12 @@ from tcc_jax.completion.sets import (
     OUTSIDE,
     GeneFinder,
     KnownSet,
-    best_training_jaccard,
     choose_sets,
     read_background,
     read_sets,
     read_stream,
 )
 from tcc_jax.corpus.gmt import Problems
-from tcc_jax.corpus.similarity import training_sets
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError
@@ -40,21 +36,6 @@ def test_lines_keep_their_order_and_unknown_genes(tmp_path, corpus, table):
     assert [one.library for one in sets] == ["source", "file"]
     sets = list(read_sets([tmp_path / "file.gmt"], finder, problems))
     assert [one.library for one in sets] == ["file", "file"]
-
-
-def test_best_jaccard_equals_a_slow_loop(corpus):
-    train = [set(corpus.genes(int(index)).tolist()) for index in corpus.indices("train")]
-    flat = training_sets(corpus)
-    assert [set(flat.tokens[a:b].tolist()) for a, b in zip(flat.offsets, flat.offsets[1:], strict=False)] == train
-    rng = np.random.default_rng(0)
-    sets = [KnownSet("near", "lib", np.array(sorted(train[4]), np.int32)), KnownSet("none", "lib", np.empty(0, int), 2)]
-    for outside in (0, 1, 5):
-        ids = NUM_SPECIAL + rng.choice(60, 9, replace=False).astype(np.int32)
-        sets += [KnownSet("random", "lib", ids, outside), dataclasses.replace(sets[0], outside=outside)]
-    expected = [
-        max(len(one & set(known.ids)) / (len(one | set(known.ids)) + known.outside) for one in train) for known in sets
-    ]
-    np.testing.assert_allclose(best_training_jaccard(corpus, sets), expected, rtol=1e-6)
 
 
 def test_choose_sets():

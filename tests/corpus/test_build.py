@@ -6,6 +6,7 @@ import pytest
 from tcc_jax.corpus.build import BuildOptions, build_corpus
 from tcc_jax.corpus.store import SPLITS
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.files import sha256
 from tcc_jax.terminal import UserError
 from tests.corpus.corpora import approved_symbols, random_sets, write_gmt_file
 
@@ -82,6 +83,17 @@ def test_holdout_drops_exactly_what_reaches_the_limit(tmp_path):
         assert corpus.meta["leaks"]["holdout"]["with_training_set_at_jaccard"]["0.9"] == 0
 
 
+def test_a_folder_can_be_held_out(tmp_path):
+    sets = random_sets(number=40)
+    (tmp_path / "held").mkdir()
+    for name, held in (("b", sets[:3]), ("a", sets[5:6])):
+        write_gmt_file(tmp_path / "held" / f"{name}.gmt", held)
+    corpus = build(tmp_path, sets, holdout=(tmp_path / "held",), **OPEN)
+    assert corpus.names == [name for place, (name, _) in enumerate(sets) if place not in (0, 1, 2, 5)]
+    hashes = [{"file": f"{name}.gmt", "sha256": sha256(tmp_path / "held" / f"{name}.gmt")} for name in ("a", "b")]
+    assert corpus.meta["holdout"] == hashes
+
+
 def test_holdout_still_holds_once_rare_genes_are_gone(tmp_path):
     genes = approved_symbols()[:60]
     common, rare = genes[:6], genes[20:]
@@ -92,6 +104,17 @@ def test_holdout_still_holds_once_rare_genes_are_gone(tmp_path):
     corpus = build(tmp_path, sets, holdout=(file,), **{**OPEN, "min_sets_per_gene": 2})
     assert corpus.names == [name for name, _ in others]
     assert count_of(corpus, "dropped again")["sets"] == corpus.num_sets
+
+
+def test_leaks_of_the_holdout_are_over_the_genes_that_the_corpus_keeps(tmp_path):
+    genes = approved_symbols()[:60]
+    sets = [(f"s{i}", [gene for j, gene in enumerate(genes[:11]) if j != 4 + i]) for i in range(7)]
+    # 4 of 10 genes are shared; of 30 with the held-out set's own, which the corpus never had or has no more.
+    sets.append(("rare", genes[:5] + genes[20:35]))
+    file = write_gmt_file(tmp_path / "held.gmt", [("held", genes[:4] + genes[30:50])])
+    corpus = build(tmp_path, sets, holdout=(file,), **{**OPEN, "min_sets_per_gene": 2})
+    leaks = {"sets": 1, "with_training_set_at_jaccard": {"0.3": 1, "0.5": 0, "0.9": 0}}
+    assert corpus.meta["leaks"]["holdout"] == leaks
 
 
 @pytest.mark.parametrize("seed", range(3))
