@@ -177,6 +177,18 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts, universe):
     assert [len(line) - 2 for line in completed] == [count for count in counts if count]
 
 
+def test_no_hidden_gene_is_in_the_vocabulary(folder, monkeypatch):
+    (folder / "unknown.gmt").write_text("one\t\tG1\tG2\tNOPE\ntwo\t\tG3\tNOPE\tNOPE2\n")
+    (folder / "unknown.tsv").write_text("name\thits\tmissed\textra\tneither\none\t0\t1\t3\t96\ntwo\t0\t2\t3\t95\n")
+    run(monkeypatch, "--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / "unknown.gmt",
+        "--protocol", "tcc", "--drawn-counts", folder / "unknown.tsv", "--out", folder / "unknown")  # fmt: skip
+    report = json.loads((folder / "unknown/report.json").read_text())
+    assert report["methods"][0]["metrics"]["recall"]["mean"] == 0
+    pytest.importorskip("matplotlib")
+    # What has no hit has no place on a logarithmic scale.
+    assert (folder / "unknown/recall.png").exists() and not (folder / "unknown/calibration.png").exists()
+
+
 def test_other_drawn_counts_are_refused(folder, monkeypatch, capsys):
     arguments = tcc_files(folder, "wrong")
     path = folder / "wrong.tsv"
