@@ -79,6 +79,7 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--number", "4097", "--decode", "sample"], "--number 4097: at most 4,096 genes are drawn one by one"),
         (["G1", "--permutations", "2", "--decode", "sample"], "--permutations goes with --decode rank"),
         (["G1", "--seed", "-1"], "seed"),
+        (["G1", "\udcffX", "--out", "x.json"], r"'\udcffX': not text in UTF-8"),
         (["G1", "--mixture", "--decode", "sample"], "--mixture"),
         (["G1", "--mixture", "--corpus", "nowhere"], "nowhere"),
         (["G1", "-"], "standard input"),

@@ -144,7 +144,7 @@ class Ease:
         penalty: lambda, the weight of the squared weights.
 
     Raises:
-        UserError: the weights need more memory than there is.
+        UserError: the weights need more memory than there is, or the penalty is too small or large for 32 bits.
     """
 
     def __init__(self, corpus: Corpus, folder: str | Path, num_genes: int = 13_000, penalty: float = 20.0) -> None:
@@ -178,10 +178,11 @@ def _fit_ease(corpus: Corpus, num_genes: int, penalty: float) -> Arrays:
     gram_GG = _gram(Sets(kept.tokens - NUM_SPECIAL, kept.offsets), lengths, num_genes)
     gram_GG[np.diag_indices(num_genes)] += penalty
     with progress(f"fitting EASE: the inverse of {num_genes:,} x {num_genes:,} numbers"):
-        factor, _ = scipy.linalg.cho_factor(gram_GG, lower=True, overwrite_a=True, check_finite=False)
-        inverse_GG, info = scipy.linalg.lapack.spotri(factor, lower=True, overwrite_c=True)
-    assert info == 0, info
+        factor_GG, info = scipy.linalg.lapack.spotrf(gram_GG, lower=True, overwrite_a=True)
+        inverse_GG, _ = scipy.linalg.lapack.spotri(factor_GG, lower=True, overwrite_c=True)
     diagonal_G = np.diag(inverse_GG).copy()
+    if info or not ((diagonal_G > 0) & np.isfinite(diagonal_G)).all():
+        raise UserError(f"--ease-penalty {penalty:g}: no weights can be computed with it; give one nearer the default")
     # LAPACK leaves the result in one triangle, that of a Fortran array: mirror it without another matrix.
     for start in range(0, num_genes, _GENES_AT_ONCE):
         stop = start + _GENES_AT_ONCE

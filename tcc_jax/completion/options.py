@@ -80,16 +80,15 @@ class EvaluateOptions:
         for name in ("visible", "alpha"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
+        _check_seed(self.seed)
         for name in ("seeds", "limit", "ease_genes", "autoencoder_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.knn is not None and not (self.knn[0] >= 1 and 0 < self.knn[1] < float("inf")):
             raise UserError(f"--knn {self.knn[0]} {self.knn[1]:g}: give at least 1 neighbour, and a power above 0")
-        if not 0 < self.ease_penalty < float("inf"):
-            raise UserError(f"--ease-penalty {self.ease_penalty}: must be a number above 0")
+        if not 0 < self.ease_penalty < 1e38:
+            raise UserError(f"--ease-penalty {self.ease_penalty}: must be a number above 0 and under 1e38")
         if self.protocol == "default":
             if self.drawn_counts is not None:
                 raise UserError("--drawn-counts goes with --protocol tcc")
@@ -171,7 +170,11 @@ class CompleteOptions:
             raise UserError(
                 f"--number {self.number}: at most {MOST_SAMPLED:,} genes are drawn one by one; --decode rank gives more"
             )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
+        _check_seed(self.seed)
         if self.out is not None:
             check_output_file(self.out)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1}")

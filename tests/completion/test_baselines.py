@@ -10,6 +10,7 @@ from tcc_jax.completion.protocol import genes_of, mask_sets
 from tcc_jax.completion.ranker import rank
 from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.terminal import UserError
 from tests.completion.tiny import FAMILY, NUM_GENES, make_corpus
 
 
@@ -137,6 +138,13 @@ def test_scores_equal_the_closed_form(corpus, tmp_path, num_genes, penalty):
         known = ids[ids < NUM_SPECIAL + fitted] - NUM_SPECIAL
         expected = b[known].sum(0)
         np.testing.assert_allclose(scores[row, NUM_SPECIAL : NUM_SPECIAL + fitted], expected, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-30])
+def test_a_penalty_out_of_range_is_told(corpus, tmp_path, penalty):
+    with pytest.raises(UserError, match=f"--ease-penalty {penalty:g}: no weights"):
+        Ease(corpus, tmp_path / "cache", penalty=penalty)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_more_genes_than_a_block(corpus, tmp_path, monkeypatch):
