@@ -107,6 +107,15 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
 
 
+def test_another_seed_fits_nothing_again(folder, monkeypatch):
+    arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--baselines", "all", "--autoencoder-steps", 3,
+                 "--ease-genes", 40, "--limit", 9)  # fmt: skip
+    run(monkeypatch, *arguments, "--out", folder / "seed 0")
+    for fit in ("autoencoder._fit", "baselines._fit_ease", "baselines._tune"):
+        monkeypatch.setattr(f"tcc_jax.completion.{fit}", None)
+    run(monkeypatch, *arguments, "--seed", 1, "--out", folder / "seed 1")
+
+
 def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--mixture", "--limit", 9)
     run(monkeypatch, *arguments, "--knn", 3, 2.5, "--out", folder / "mixed")

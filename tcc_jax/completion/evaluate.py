@@ -194,7 +194,7 @@ def _methods(options: EvaluateOptions, model: Model, corpus: Corpus | None, miss
             f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows "
             f"scaled by 1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
         )
-        scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps, options.seed)
+        scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps)
         found.note(
             f"auto-encoder: the configuration of GSFM (multi-hot, 512-256-256, BCE), started from principal "
             f"components, {scorer.steps:,} steps ({scorer.passes:.2g} passes over the training sets; GSFM made 50)"
