@@ -212,6 +212,11 @@ def test_a_background_file(folder, monkeypatch):
     run(monkeypatch, *arguments, "--background", folder / "background.txt", "--seeds", 1)
     report = json.loads((folder / "background/report.json").read_text())
     assert report["genes_that_can_be_drawn"] == 30 and report["skipped"]
+    # Sets of the corpus have no gene outside its vocabulary.
+    outside = [int(row["outside_background"]) for row in read_table(folder / "background/per_set.tsv")]
+    assert report["genes_outside_background"] == sum(outside) > 0 == report["genes_outside_vocabulary"]
+    notes = " ".join(report["notes"])
+    assert f"{sum(outside)} genes of the vocabulary outside it" in notes and "genes outside the vocabulary" not in notes
     drawn = [line.split("\t")[2:] for line in (folder / "background/completions.gmt").read_text().splitlines()]
     assert all(int(gene[1:]) < 30 for genes in drawn for gene in genes)
 

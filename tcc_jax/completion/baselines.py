@@ -56,10 +56,11 @@ class SetNeighbours:
         corpus: the prepared corpus.
         neighbours: training sets that count, at most.
         power: exponent of the similarity.
+        how: how these two were chosen, for `describe`.
     """
 
-    def __init__(self, corpus: Corpus, neighbours: int = 500, power: float = 3.0) -> None:
-        self.neighbours, self.power = neighbours, power
+    def __init__(self, corpus: Corpus, neighbours: int = 500, power: float = 3.0, how: str = "as given") -> None:
+        self.neighbours, self.power, self.how = neighbours, power, how
         train = training_sets(corpus)
         self._members = train.matrix(corpus.vocabulary.size, np.ones(len(train.tokens), np.float32))
         self._idf_V = np.log(len(train) / np.maximum(corpus.vocabulary.counts, 1)).astype(np.float32)
@@ -70,6 +71,11 @@ class SetNeighbours:
         """Score [n, V] float32, as a `ranker.Scorer`."""
         batches = batched(visible, _QUERIES_AT_ONCE)
         return np.concatenate([self.votes(self.similarities(batch), self.neighbours, self.power) for batch in batches])
+
+    def describe(self) -> str:
+        """Return one line with the settings."""
+        sets = f"nearest {self.neighbours:,} training sets"
+        return f"set-kNN: {sets}, idf cosine to the power {self.power:g}, {self.how}"
 
     def similarities(self, visible: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
         """Return the [n, training sets] similarities to the sets that share a gene."""
@@ -106,7 +112,8 @@ def tuned_neighbours(corpus: Corpus, folder: str | Path) -> SetNeighbours:
     visible, over all pairs of `NEIGHBOURS` and `POWERS`. The choice is kept in `folder`, by the corpus hash. With no
     validation set that has two genes the defaults stay.
     """
-    scorer = SetNeighbours(corpus)
+    tuned = validation_masks(corpus, 1)
+    scorer = SetNeighbours(corpus, how="tuned on the validation split" if tuned else "untuned: no validation set")
     settings = {
         "version": 1, "corpus": corpus.hash, "neighbours": NEIGHBOURS, "powers": POWERS, "sets": TUNING_SETS
     }  # fmt: skip

@@ -92,6 +92,7 @@ def test_tuning_takes_the_best_on_the_validation_split(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "_tune", None)
     again = baselines.tuned_neighbours(corpus, tmp_path / "cache")
     assert (again.neighbours, again.power) == (tuned.neighbours, tuned.power)
+    assert again.describe() == tuned.describe() and "tuned on the validation split" in tuned.describe()
 
 
 def test_without_validation_sets_the_defaults_stay(tmp_path):
@@ -99,6 +100,7 @@ def test_without_validation_sets_the_defaults_stay(tmp_path):
     corpus = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
     tuned = baselines.tuned_neighbours(corpus, tmp_path / "cache")
     assert (tuned.neighbours, tuned.power) == (500, 3.0)
+    assert tuned.describe().endswith("nearest 500 training sets, idf cosine to the power 3, untuned: no validation set")
 
 
 def test_set_neighbours_find_the_family(tmp_path):
