@@ -82,6 +82,7 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "\udcffX", "--out", "x.json"], r"'\udcffX': not text in UTF-8"),
         (["G1", "--mixture", "--decode", "sample"], "--mixture"),
         (["G1", "--mixture", "--corpus", "nowhere"], "nowhere"),
+        (["G1", "--corpus", "nowhere"], "--corpus goes with --why or --mixture"),
         (["G1", "-"], "standard input"),
         (["G1", "--gmt", "a.gmt"], "choose one"),
         (["--gmt", "nowhere.gmt"], "nowhere.gmt"),

@@ -331,7 +331,17 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--background", "missing.txt"], "missing.txt"),
         (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
         (["--protocol", "tcc"], "--drawn-counts"),
-        (["--protocol", "tcc", "--gmt", "x.gmt", "--drawn-counts", "x.tsv", "--sweep"], "--sweep"),
+        *(
+            (
+                ["--protocol", "tcc", "--gmt", "x.gmt", "--drawn-counts", "x.tsv", *option],
+                f"{option[0]} goes with the def",
+            )
+            for option in (["--sweep"], ["--visible", "0.5"], ["--seeds", "1"], ["--background", "x.txt"])
+        ),
+        (["--gmt", "x.gmt", "--split", "train"], "--split goes with the sets of a corpus; leave out --gmt"),
+        (["--library-from", "description"], "--library-from goes with --gmt"),
+        (["--drawn", "hidden"], "--drawn goes with --protocol tcc"),
+        (["--ease-genes", "40"], "--ease-genes goes with --baselines all"),
     ],
 )
 def test_bad_options(folder, monkeypatch, capsys, arguments, message):
