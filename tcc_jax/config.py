@@ -153,7 +153,7 @@ class TrainingConfig:
     eval_steps: Annotated[int, Bounds(1, 2**31)] = 8
     """Batches in an evaluation of the validation loss, at most."""
     recall_sets: Annotated[int, Bounds(0, 2**31)] = 256
-    """Validation sets, at most, whose hidden genes are looked for at each evaluation; 0 turns the recall off."""
+    """Random validation sets, at most, whose hidden genes are looked for at each evaluation; 0 turns the recall off."""
     skips_before_stop: Annotated[int, Bounds(1, 2**31)] = 10
     """Updates in a row whose loss or gradient is not finite; each is skipped, and after so many the run stops."""
     profile_steps: str = ""

@@ -93,7 +93,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         settings: passed on to `tyro.cli` (`default`, `prog`, `description`).
 
     Raises:
-        UserError: an unknown flag or a value of the wrong type, as one line. `--help` exits with 0.
+        UserError: an unknown flag, a value of the wrong type or bytes that are no text, as one line. `--help` exits
+            with 0.
     """
     import tyro
 
@@ -103,6 +104,10 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         if flags.count(flag) > 1:
             # tyro would keep the last and drop the others without a word.
             raise UserError(f"{flag}: given twice; give it once, with all its values after it")
+    for argument in arguments:
+        # Python takes bytes that are no text in, and could write them to no file of text.
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"{argument!r}: not text in UTF-8")
     captured = _Captured()
     try:
         with contextlib.redirect_stderr(captured):

@@ -107,6 +107,15 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
 
 
+def test_another_seed_fits_nothing_again(folder, monkeypatch):
+    arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--baselines", "all", "--autoencoder-steps", 3,
+                 "--ease-genes", 40, "--limit", 9)  # fmt: skip
+    run(monkeypatch, *arguments, "--out", folder / "seed 0")
+    for fit in ("autoencoder._fit", "baselines._fit_ease", "baselines._tune"):
+        monkeypatch.setattr(f"tcc_jax.completion.{fit}", None)
+    run(monkeypatch, *arguments, "--seed", 1, "--out", folder / "seed 1")
+
+
 def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--mixture", "--limit", 9)
     run(monkeypatch, *arguments, "--knn", 3, 2.5, "--out", folder / "mixed")
@@ -177,6 +186,18 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts, universe):
     assert [len(line) - 2 for line in completed] == [count for count in counts if count]
 
 
+def test_no_hidden_gene_is_in_the_vocabulary(folder, monkeypatch):
+    (folder / "unknown.gmt").write_text("one\t\tG1\tG2\tNOPE\ntwo\t\tG3\tNOPE\tNOPE2\n")
+    (folder / "unknown.tsv").write_text("name\thits\tmissed\textra\tneither\none\t0\t1\t3\t96\ntwo\t0\t2\t3\t95\n")
+    run(monkeypatch, "--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / "unknown.gmt",
+        "--protocol", "tcc", "--drawn-counts", folder / "unknown.tsv", "--out", folder / "unknown")  # fmt: skip
+    report = json.loads((folder / "unknown/report.json").read_text())
+    assert report["methods"][0]["metrics"]["recall"]["mean"] == 0
+    pytest.importorskip("matplotlib")
+    # What has no hit has no place on a logarithmic scale.
+    assert (folder / "unknown/recall.png").exists() and not (folder / "unknown/calibration.png").exists()
+
+
 def test_other_drawn_counts_are_refused(folder, monkeypatch, capsys):
     arguments = tcc_files(folder, "wrong")
     path = folder / "wrong.tsv"
@@ -191,6 +212,11 @@ def test_a_background_file(folder, monkeypatch):
     run(monkeypatch, *arguments, "--background", folder / "background.txt", "--seeds", 1)
     report = json.loads((folder / "background/report.json").read_text())
     assert report["genes_that_can_be_drawn"] == 30 and report["skipped"]
+    # Sets of the corpus have no gene outside its vocabulary.
+    outside = [int(row["outside_background"]) for row in read_table(folder / "background/per_set.tsv")]
+    assert report["genes_outside_background"] == sum(outside) > 0 == report["genes_outside_vocabulary"]
+    notes = " ".join(report["notes"])
+    assert f"{sum(outside)} genes of the vocabulary outside it" in notes and "genes outside the vocabulary" not in notes
     drawn = [line.split("\t")[2:] for line in (folder / "background/completions.gmt").read_text().splitlines()]
     assert all(int(gene[1:]) < 30 for genes in drawn for gene in genes)
 
@@ -289,11 +315,14 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--visible", "1"], "--visible"),
         (["--alpha", "0"], "--alpha"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must lie between 0 and 4294967295"),
         (["--corpus", "missing"], "missing"),
         (["--visible", "many"], "visible"),
         (["--seeds", "0"], "--seeds 0"),
         (["--ease-genes", "0"], "--ease-genes"),
         (["--ease-penalty", "0"], "--ease-penalty"),
+        (["--ease-penalty", "1e300"], "--ease-penalty 1e+300: must be a number above 0 and under 1e38"),
+        (["--baselines", "all", "--ease-penalty", "1e-30"], "--ease-penalty 1e-30: no weights can be computed"),
         (["--autoencoder-steps", "0"], "--autoencoder-steps"),
         (["--limit", "0"], "--limit"),
         (["--knn", "5"], "--knn: no type matching {None}|{INT FLOAT} could be instantiated from ['5']; see python"),
@@ -302,7 +331,17 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--background", "missing.txt"], "missing.txt"),
         (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
         (["--protocol", "tcc"], "--drawn-counts"),
-        (["--protocol", "tcc", "--gmt", "x.gmt", "--drawn-counts", "x.tsv", "--sweep"], "--sweep"),
+        *(
+            (
+                ["--protocol", "tcc", "--gmt", "x.gmt", "--drawn-counts", "x.tsv", *option],
+                f"{option[0]} goes with the def",
+            )
+            for option in (["--sweep"], ["--visible", "0.5"], ["--seeds", "1"], ["--background", "x.txt"])
+        ),
+        (["--gmt", "x.gmt", "--split", "train"], "--split goes with the sets of a corpus; leave out --gmt"),
+        (["--library-from", "description"], "--library-from goes with --gmt"),
+        (["--drawn", "hidden"], "--drawn goes with --protocol tcc"),
+        (["--ease-genes", "40"], "--ease-genes goes with --baselines all"),
     ],
 )
 def test_bad_options(folder, monkeypatch, capsys, arguments, message):

@@ -55,10 +55,11 @@ class SetNeighbours:
         index: the training sets.
         neighbours: training sets that count, at most.
         power: exponent of the similarity.
+        how: how these two were chosen, for `describe`.
     """
 
-    def __init__(self, index: TrainingIndex, neighbours: int = 500, power: float = 3.0) -> None:
-        self.neighbours, self.power = neighbours, power
+    def __init__(self, index: TrainingIndex, neighbours: int = 500, power: float = 3.0, how: str = "as given") -> None:
+        self.neighbours, self.power, self.how = neighbours, power, how
         self._index = index
         self._idf_V = np.log(len(index) / np.maximum(index.counts, 1))
         self._norms = np.sqrt(np.maximum(index.members @ self._idf_V**2, 1e-18))
@@ -66,6 +67,11 @@ class SetNeighbours:
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`."""
         return np.stack([self._votes(*self.nearest(self.similarities(ids), self.neighbours)) for ids in visible])
+
+    def describe(self) -> str:
+        """Return one line with the settings."""
+        sets = f"nearest {self.neighbours:,} training sets"
+        return f"set-kNN: {sets}, idf cosine to the power {self.power:g}, {self.how}"
 
     def similarities(self, ids: np.ndarray) -> np.ndarray:
         """Return [sets] float64, the similarity of a prompt, given by its genes, to each training set."""
@@ -91,7 +97,8 @@ def tuned_neighbours(index: TrainingIndex, folder: str | Path) -> SetNeighbours:
     visible, over all pairs of `NEIGHBOURS` and `POWERS`. The choice is kept in `folder`, by the corpus hash. With no
     validation set that has two genes the defaults stay.
     """
-    scorer = SetNeighbours(index)
+    tuned = validation_masks(index.corpus, 1)
+    scorer = SetNeighbours(index, how="tuned on the validation split" if tuned else "untuned: no validation set")
     settings = {
         "version": 1, "corpus": index.corpus.hash, "neighbours": NEIGHBOURS, "powers": POWERS, "sets": TUNING_SETS
     }  # fmt: skip
@@ -130,7 +137,7 @@ class Ease:
         penalty: lambda, the weight of the squared weights.
 
     Raises:
-        UserError: the weights need more memory than there is.
+        UserError: the weights need more memory than there is, or the penalty is too small or large for 32 bits.
     """
 
     def __init__(self, corpus: Corpus, folder: str | Path, num_genes: int = 13_000, penalty: float = 20.0) -> None:
@@ -164,10 +171,11 @@ def _fit_ease(corpus: Corpus, num_genes: int, penalty: float) -> Arrays:
     gram_GG = _gram(Sets(kept.tokens - NUM_SPECIAL, kept.offsets), lengths, num_genes)
     gram_GG[np.diag_indices(num_genes)] += penalty
     with progress(f"fitting EASE: the inverse of {num_genes:,} x {num_genes:,} numbers"):
-        factor, _ = scipy.linalg.cho_factor(gram_GG, lower=True, overwrite_a=True, check_finite=False)
-        inverse_GG, info = scipy.linalg.lapack.spotri(factor, lower=True, overwrite_c=True)
-    assert info == 0, info
+        factor_GG, info = scipy.linalg.lapack.spotrf(gram_GG, lower=True, overwrite_a=True)
+        inverse_GG, _ = scipy.linalg.lapack.spotri(factor_GG, lower=True, overwrite_c=True)
     diagonal_G = np.diag(inverse_GG).copy()
+    if info or not ((diagonal_G > 0) & np.isfinite(diagonal_G)).all():
+        raise UserError(f"--ease-penalty {penalty:g}: no weights can be computed with it; give one nearer the default")
     # LAPACK leaves the result in one triangle, that of a Fortran array: mirror it without another matrix.
     for start in range(0, num_genes, _GENES_AT_ONCE):
         stop = start + _GENES_AT_ONCE

@@ -117,6 +117,7 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
         "sets_read": len(sets),
         "sets_evaluated": len(trials[0]),
         "genes_outside_vocabulary": sum(one.outside for one in trials[0]),
+        "genes_outside_background": sum(one.outside_background for one in trials[0]),
         "genes_that_can_be_drawn": int(candidates_V.sum()),
         "rare_genes": int(rare_V.sum()),
         "prompts_cut": cut,
@@ -179,13 +180,11 @@ def _methods(options: EvaluateOptions, model: Model, index: TrainingIndex | None
         return found
     corpus, folder = index.corpus, Path(options.cache or cache_folder())
     if options.knn is None:
-        neighbours, how = baselines.tuned_neighbours(index, folder), "tuned on the validation split"
+        neighbours = baselines.tuned_neighbours(index, folder)
     else:
-        neighbours, how = baselines.SetNeighbours(index, *options.knn), "as given"
+        neighbours = baselines.SetNeighbours(index, *options.knn)
     found.scorers["set-kNN"] = neighbours
-    found.note(
-        f"set-kNN: nearest {neighbours.neighbours:,} training sets, idf cosine to the power {neighbours.power:g}, {how}"
-    )
+    found.note(neighbours.describe())
     relevance = found.scorers["relevance"] = RelevanceModel(index)
     found.note(relevance.describe())
     if options.baselines == "all":
@@ -194,7 +193,7 @@ def _methods(options: EvaluateOptions, model: Model, index: TrainingIndex | None
             f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows "
             f"scaled by 1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
         )
-        scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps, options.seed)
+        scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps)
         found.note(
             f"auto-encoder: the configuration of GSFM (multi-hot, 512-256-256, BCE), started from principal "
             f"components, {scorer.steps:,} steps ({scorer.passes:.2g} passes over the training sets; GSFM made 50)"
@@ -239,7 +238,11 @@ def _notes(options: EvaluateOptions, sets: list[MaskedSet], candidates: int, cut
     elif outside:
         notes.append(f"{outside:,} genes outside the vocabulary are neither visible nor hidden")
     if options.background is not None:
-        notes.append(f"the universe is the {candidates:,} genes of the background that the model knows")
+        others = sum(one.outside_background for one in sets)
+        notes.append(
+            f"the universe is the {candidates:,} genes of the background that the model knows; {others:,} genes of the "
+            "vocabulary outside it are neither visible nor hidden"
+        )
     if cut:
         notes.append(f"{cut:,} sets show more than {limit:,} genes: the model sees a random subset of these")
     return notes

@@ -32,10 +32,11 @@ class Mixture:
         model: scores of the model, logits.
         retrieval: scores of a relevance model, not negative.
         weight: share of retrieval, 0 to under 1.
+        how: how the weight was chosen, for `describe`.
     """
 
-    def __init__(self, model: Scorer, retrieval: Scorer, weight: float = 0.0) -> None:
-        self._model, self._retrieval, self.weight = model, retrieval, weight
+    def __init__(self, model: Scorer, retrieval: Scorer, weight: float = 0.0, how: str = "as given") -> None:
+        self._model, self._retrieval, self.weight, self._how = model, retrieval, weight, how
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
@@ -45,7 +46,7 @@ class Mixture:
         """Return one line with the weight."""
         return (
             f"mixture: log({1 - self.weight:g} p + {self.weight:g} s), p the model's probabilities and s the share of "
-            f"the relevance model's votes; weighed on the validation split"
+            f"the relevance model's votes; {self._how}"
         )
 
 
@@ -68,7 +69,9 @@ def tuned_mixture(model: Model, retrieval: RelevanceModel, folder: str | Path) -
         "weights": WEIGHTS, "sets": TUNING_SETS, "relevance": retrieval.settings,
     }  # fmt: skip
     chosen = cached(folder, "mixture", settings, lambda: _tune(model.score, retrieval))
-    return Mixture(model.score, retrieval, float(chosen["weight"]))
+    weighed = validation_masks(retrieval.index.corpus, 1)
+    how = "weighed on the validation split" if weighed else "the model alone: no validation set to weigh it on"
+    return Mixture(model.score, retrieval, float(chosen["weight"]), how)
 
 
 def _tune(model: Scorer, retrieval: RelevanceModel) -> Arrays:

@@ -42,7 +42,7 @@ class EvaluateOptions:
     drawn: Literal["recorded", "hidden"] = "recorded"
     """With --protocol tcc: draw as many genes as the recorded hits + extra, or as many as are hidden."""
     visible: float = 0.2
-    """Share of each set's genes that the model sees; at least one is visible and one hidden."""
+    """Share of each set's genes that the model sees, at least one visible and one hidden (default protocol)."""
     background: str | None = None
     """File of gene symbols: only these can be visible, hidden or drawn, and they are the universe."""
     baselines: Literal["standard", "all"] = "standard"
@@ -80,25 +80,27 @@ class EvaluateOptions:
         for name in ("visible", "alpha"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
+        _check_seed(self.seed)
         for name in ("seeds", "limit", "ease_genes", "autoencoder_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.knn is not None and not (self.knn[0] >= 1 and 0 < self.knn[1] < float("inf")):
             raise UserError(f"--knn {self.knn[0]} {self.knn[1]:g}: give at least 1 neighbour, and a power above 0")
-        if not 0 < self.ease_penalty < float("inf"):
-            raise UserError(f"--ease-penalty {self.ease_penalty}: must be a number above 0")
+        if not 0 < self.ease_penalty < 1e38:
+            raise UserError(f"--ease-penalty {self.ease_penalty}: must be a number above 0 and under 1e38")
+        if self.gmt:
+            _refuse_ignored(self, "the sets of a corpus; leave out --gmt", "split")
+        else:
+            _refuse_ignored(self, "--gmt", "library_from")
+        if self.baselines != "all":
+            _refuse_ignored(self, "--baselines all", "ease_genes", "ease_penalty", "autoencoder_steps")
         if self.protocol == "default":
-            if self.drawn_counts is not None:
-                raise UserError("--drawn-counts goes with --protocol tcc")
+            _refuse_ignored(self, "--protocol tcc", "drawn_counts", "drawn")
             return
+        _refuse_ignored(self, "the default protocol", "sweep", "noise", "background", "limit", "visible", "seeds")
         if self.drawn_counts is None or not self.gmt:
             raise UserError("--protocol tcc needs --gmt with the sets and --drawn-counts with their recorded tables")
-        for name in ("sweep", "noise", "background", "limit"):
-            if getattr(self, name):
-                raise UserError(f"--{name} goes with the default protocol")
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,24 @@ class CompleteOptions:
             raise UserError("--mixture ranks by one pass; leave out --decode sample and --permutations")
         sampling = ("temperature", "top_k", "top_p", "stop_at_end")
         other, ignored = ("rank", ("permutations",)) if self.decode == "sample" else ("sample", sampling)
-        for name in ignored:
-            if getattr(self, name) != getattr(CompleteOptions, name):
-                raise UserError(f"--{name.replace('_', '-')} goes with --decode {other}")
+        _refuse_ignored(self, f"--decode {other}", *ignored)
+        if not self.why and not self.mixture:
+            _refuse_ignored(self, "--why or --mixture", "corpus")
         if self.decode == "sample" and self.number > MOST_SAMPLED:
             raise UserError(
                 f"--number {self.number}: at most {MOST_SAMPLED:,} genes are drawn one by one; --decode rank gives more"
             )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
+        _check_seed(self.seed)
         if self.out is not None:
             check_output_file(self.out)
+
+
+def _refuse_ignored(options: EvaluateOptions | CompleteOptions, goes_with: str, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) != getattr(type(options), name):
+            raise UserError(f"--{name.replace('_', '-')} goes with {goes_with}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1}")

@@ -70,7 +70,8 @@ def draw_plots(report: Report, folder: Path) -> list[Plot]:
     labels = {"sweep": "visible share of a set", "noise": "share of false genes in the prompt"}
     for name, rows in report.curve_rows.items():
         draw(name, f"Mean recall by {labels[name]}, {intervals}", (8, 4.5), _curve, rows, labels[name])
-    if report.outcomes[0].calibration is not None:
+    calibration = report.outcomes[0].calibration
+    if calibration is not None and calibration.frequency.any():
         caption = (
             "Calibration: expected hits of a gene against how often it is hidden; bins without a hit are not shown."
         )

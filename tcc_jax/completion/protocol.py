@@ -29,12 +29,13 @@ class MaskedSet:
         name: the set's name.
         library: the library it comes from.
         place: the set's index among those that were read.
-        outside: genes of the set that are neither shown nor found: not in the vocabulary, or not in the background.
+        outside: genes of the set that are not in the vocabulary.
         visible: int32 ids shown to the model.
         hidden: int32 ids to be found, none of them visible.
         hidden_count: hidden genes in the statistics; with the TCC protocol also those that are not in the vocabulary.
         drawn_count: genes to draw.
         universe: genes in the statistics.
+        outside_background: genes of the set that are in the vocabulary, but not in the background.
     """
 
     name: str
@@ -46,6 +47,7 @@ class MaskedSet:
     hidden_count: int
     drawn_count: int
     universe: int
+    outside_background: int = 0
 
 
 class DrawnCounts(NamedTuple):
@@ -88,10 +90,10 @@ def mask_sets(
     candidates = np.flatnonzero(candidates_V)
     for place, known in enumerate(sets):
         ids = known.ids[candidates_V[known.ids]]
-        length, outside = len(ids), known.outside + len(known.ids) - len(ids)
+        length, outside_background = len(ids), len(known.ids) - len(ids)
         if length < 2:
-            where = "the vocabulary" if len(ids) == len(known.ids) else "the background"
-            skipped.append((known, f"{length} of its {length + outside} genes in {where}; 2 are needed"))
+            where = "the background" if outside_background else "the vocabulary"
+            skipped.append((known, f"{length} of its {len(known.ids) + known.outside} genes in {where}; 2 are needed"))
             continue
         order = np.random.default_rng([seed, place]).permutation(ids)
         cut = min(max(1, round(visible_share * length)), length - 1)
@@ -106,7 +108,10 @@ def mask_sets(
         count = len(hidden)
         universe = len(candidates) - len(visible)
         masked.append(
-            MaskedSet(known.name, known.library, place, outside, visible, hidden, count, count, universe)
+            MaskedSet(
+                known.name, known.library, place, known.outside, visible, hidden, count, count, universe,
+                outside_background,
+            )
         )  # fmt: skip
     return masked, skipped
 

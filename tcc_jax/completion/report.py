@@ -319,7 +319,8 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
 
 
 def _per_set(report: Report) -> list[list[str]]:
-    header = ["name", "library", "seed", "visible", "hidden", "drawn", "outside_vocabulary", "best_training_jaccard"]
+    header = ["name", "library", "seed", "visible", "hidden", "drawn"]
+    header += ["outside_vocabulary", "outside_background", "best_training_jaccard"]
     columns: list[tuple[str, Callable[[Outcome], np.ndarray], Callable[[Any], str]]] = [
         ("log10_p", lambda outcome: outcome.log_p / math.log(10), _short),
         ("log10_adjusted_p", lambda outcome: outcome.log_adjusted_p / math.log(10), _short),
@@ -338,7 +339,7 @@ def _per_set(report: Report) -> list[list[str]]:
     for seed, sets in enumerate(report.trials):
         for index, one in enumerate(sets):
             jaccard = "" if report.best_jaccard_N is None else f"{report.best_jaccard_N[index]:.4g}"
-            counts = (seed, len(one.visible), one.hidden_count, one.drawn_count, one.outside)
+            counts = [seed, len(one.visible), one.hidden_count, one.drawn_count, one.outside, one.outside_background]
             row = [one_line(one.name), one_line(one.library), *map(str, counts), jaccard]
             rows.append(row + [column[seed][index] for column in values])
     return rows

@@ -11,6 +11,7 @@ from tcc_jax.completion.protocol import genes_of, mask_sets
 from tcc_jax.completion.ranker import rank
 from tcc_jax.completion.sets import sets_from_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.terminal import UserError
 from tests.completion.tiny import FAMILY, NUM_GENES, make_corpus
 
 
@@ -92,6 +93,7 @@ def test_tuning_takes_the_best_on_the_validation_split(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "_tune", None)
     again = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
     assert (again.neighbours, again.power) == (tuned.neighbours, tuned.power)
+    assert again.describe() == tuned.describe() and "tuned on the validation split" in tuned.describe()
 
 
 def test_without_validation_sets_the_defaults_stay(tmp_path):
@@ -99,6 +101,7 @@ def test_without_validation_sets_the_defaults_stay(tmp_path):
     corpus = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
     tuned = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
     assert (tuned.neighbours, tuned.power) == (500, 3.0)
+    assert tuned.describe().endswith("nearest 500 training sets, idf cosine to the power 3, untuned: no validation set")
 
 
 def test_set_neighbours_find_the_family(tmp_path):
@@ -138,6 +141,13 @@ def test_scores_equal_the_closed_form(corpus, tmp_path, num_genes, penalty):
         known = ids[ids < NUM_SPECIAL + fitted] - NUM_SPECIAL
         expected = b[known].sum(0)
         np.testing.assert_allclose(scores[row, NUM_SPECIAL : NUM_SPECIAL + fitted], expected, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-30])
+def test_a_penalty_out_of_range_is_told(corpus, tmp_path, penalty):
+    with pytest.raises(UserError, match=f"--ease-penalty {penalty:g}: no weights"):
+        Ease(corpus, tmp_path / "cache", penalty=penalty)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_more_genes_than_a_block(corpus, tmp_path, monkeypatch):

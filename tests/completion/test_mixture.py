@@ -65,8 +65,10 @@ def test_weight_is_the_best_on_the_validation_split_and_kept(tmp_path, monkeypat
             recalls[number] += np.isin(drawn, one.hidden).mean() / len(masked)
     assert recalls[WEIGHTS.index(tuned.weight)] == pytest.approx(recalls.max())
     assert tuned.weight > 0 and f"{tuned.weight:g} s" in tuned.describe()
+    assert tuned.describe().endswith("; weighed on the validation split")
     unsplit = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
-    assert tuned_mixture(model, RelevanceModel(TrainingIndex(unsplit)), tmp_path / "another cache").weight == 0
+    alone = tuned_mixture(model, RelevanceModel(TrainingIndex(unsplit)), tmp_path / "another cache")
+    assert alone.weight == 0 and alone.describe().endswith("; the model alone: no validation set to weigh it on")
     monkeypatch.setattr(module, "_tune", None)
     assert tuned_mixture(model, retrieval, tmp_path / "cache").weight == tuned.weight
     # Other parameters or settings are weighed anew.

@@ -64,7 +64,8 @@ def test_a_background_is_the_universe():
     masked, skipped = mask_sets([known_set(25, outside=1), known_set(6)], background)
     one = masked[0]
     assert background[one.visible].all() and background[one.hidden].all()
-    assert (len(one.visible), len(one.hidden), one.outside, one.universe) == (4, 16, 6, 96)
+    assert (len(one.visible), len(one.hidden), one.universe) == (4, 16, 96)
+    assert (one.outside, one.outside_background) == (1, 5)
     assert skipped[0][1] == "1 of its 6 genes in the background; 2 are needed"
 
 
