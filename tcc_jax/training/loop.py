@@ -232,6 +232,9 @@ class Run:
                 # On its way to the devices while they are at work on this step.
                 batch, arrays = self._fetch(batches)
             due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
+            if due:
+                # Asked for once: several hosts hear of it only some steps later.
+                last_save = time.monotonic()
             stopping, save_by_time = agreed.exchange(bool(stop), due)
             self._read(in_flight, late, state)
             evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)

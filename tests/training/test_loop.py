@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from tcc_jax.terminal import UserError
 from tcc_jax.training import loop, saving
 from tcc_jax.training import step as step_module
 from tcc_jax.training.checkpoint import latest_step
+from tcc_jax.training.hosts import Agreement
 from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
@@ -369,6 +371,33 @@ def test_saves_by_time_change_no_number(corpus, tmp_path, monkeypatch):
     assert whole_steps(tmp_path / "never") == [10]
     assert same_numbers(lines_of(often)) == same_numbers(lines_of(never))
     jax.tree.map(np.testing.assert_array_equal, state_at(often, 10), state_at(never, 10))
+
+
+def test_several_hosts_save_once_each_time_it_is_due(corpus, tmp_path, monkeypatch):
+    class LateAgreement(Agreement):
+        def exchange(self, *flags):
+            self._pending.append(flags)
+            return self._pending.popleft() if len(self._pending) > self._late else (False,) * len(flags)
+
+    minutes, make = 0, loop.make_train_step
+
+    def clocked_make(*arguments):
+        train_step = make(*arguments)
+
+        def step(state, batch):
+            nonlocal minutes
+            minutes += 1
+            return train_step(state, batch)
+
+        return step
+
+    monkeypatch.setattr(loop, "Agreement", LateAgreement)
+    monkeypatch.setattr(loop, "make_train_step", clocked_make)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60.0 * minutes))
+    sections = {"training": {"steps": 12, "eval_every": 0}, "compute": {"steps_in_flight": 3}}
+    train(config_of(corpus, tmp_path / "run", checkpoint={"every_minutes": 3, "every_steps": 99}, **sections))
+    # Due at steps 3 and 8, and heard of two steps later.
+    assert whole_steps(tmp_path / "run") == [5, 10, 12]
 
 
 def test_a_save_that_fails_does_not_stop_the_run_unless_it_is_the_last(corpus, finished, tmp_path, monkeypatch, capsys):
