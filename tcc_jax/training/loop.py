@@ -113,6 +113,7 @@ class Run:
         self.config, self.corpus, self.mesh, self.directory, self.stop = config, corpus, mesh, directory, stop
         self.make_recall = make_recall
         self.first, self.meta = self._find_start()
+        directory.saved(self.first if self.meta else None)
         if self.meta:
             check_same_run(self.meta, config, corpus)
         # What can be refused is, before anything is written.
@@ -126,7 +127,7 @@ class Run:
         if self.first >= config.training.steps and not self.meta.get("evaluation_due"):
             steps = f"{config.training.steps:,} steps"
             directory.log(f"{path}: already trained to step {self.first:,}; nothing left of {steps}")
-            directory.status("finished", step=self.first, checkpoint=self.first)
+            directory.status("finished", step=self.first)
             return
         state = self._first_state()
         directory.describe(config, self.corpus.vocabulary, self.first)
@@ -137,7 +138,7 @@ class Run:
         plan, most = self.source.plan, config.training.segments_per_row
         used = len(plan.slot_lengths) / (plan.num_rows * most)
         directory.log(f"packing: rows {plan.fullness:.1%} full, {used:.0%} of their {most} places for sets taken")
-        directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
+        directory.status("compiling", step=self.first)
         has_board = config.training.tensorboard and jax.process_index() == 0
         writes = jax.process_index() == 0
         metrics_file = MetricsFile(directory.local / METRICS_FILE, self.first, directory.log, writes=writes)
@@ -155,6 +156,7 @@ class Run:
                 recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
                 check=directory.check,
                 before_seal=put_metrics_in_place,
+                saved=directory.saved,
                 note=directory.note,
                 warn=directory.log,
             ) as self.checkpoints,

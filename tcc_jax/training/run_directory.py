@@ -36,7 +36,7 @@ from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.storage import check_bucket, copy_file, is_remote, names_in, replace_text, write_object
 from tcc_jax.terminal import UserError, log
-from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
+from tcc_jax.training.checkpoint import VOCABULARY_FILE, latest_step, packages
 from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
 
 CONFIG_FILE = "config.json"
@@ -74,6 +74,7 @@ class RunDirectory:
         self._mirror = mirror
         self._writes = jax.process_index() == 0
         self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
+        self.saved(latest_step(path) if self._writes else None)
         self._written = -math.inf
 
     def status(self, state: str, **values: Any) -> None:
@@ -82,11 +83,11 @@ class RunDirectory:
         Args:
             state: starting, compiling, training, evaluating, saving, and at the end finished, stopped or failed. A
                 process that was killed leaves what it did last: `pid`, `host` and an old `time` tell.
-            values: `step` (taken), `checkpoint` (latest step saved, or null), `loss`, `message`.
+            values: `step` (taken), `loss`, `message`. The file also has `checkpoint` (latest step saved, or null).
         """
         # Not the wall clock, which may be set back.
         now = time.monotonic()
-        changed = state != self._status["state"] or values.keys() & {"message", "checkpoint"}
+        changed = state != self._status["state"] or "message" in values
         self._status |= {"state": state} | values
         if not self._writes or (not changed and now - self._written < 1) or not self.is_held():
             return
@@ -99,6 +100,10 @@ class RunDirectory:
             # The process may end before the bucket is looked after again.
             with contextlib.suppress(OSError):
                 self.sync()
+
+    def saved(self, step: int | None) -> None:
+        """Say in every status from now on that the latest checkpoint is of this step; None says that there is none."""
+        self._status["checkpoint"] = step
 
     def log(self, message: str) -> None:
         """Print a line on standard error and add it to train.log."""
