@@ -39,7 +39,7 @@ from tcc_jax.training.hosts import Agreement, Peers
 from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
-from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
+from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, check_shared, open_run_directory
 from tcc_jax.training.saving import CheckpointWriter, read_record, step_folder
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
@@ -94,6 +94,7 @@ def train(
             # A host that left alone would leave the others waiting: all stop together, after the first step.
             stop.must_save()
         directory.status("starting")
+        check_shared(directory.path)
         Run(config, corpus, mesh, directory, stop, make_recall).run()
 
 

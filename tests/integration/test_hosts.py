@@ -35,11 +35,14 @@ def nursery(cache):
 
 
 @contextlib.contextmanager
-def two_processes(folder, nursery, *arguments):
-    """Start a run of two processes, and end what still runs of it."""
+def two_processes(folder, nursery, *arguments, own=((), ())):
+    """Start a run of two processes, `own` the arguments of each alone, and end what still runs of it."""
     hosts = ("--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", 2, "--hosts.timeout-seconds", TIMEOUT)
     children = [
-        nursery.start(*arguments, "--mesh.data", 2, *hosts, "--hosts.index", index, log=folder / f"host{index}.log")
+        nursery.start(
+            *(*arguments, *own[index], "--mesh.data", 2, *hosts, "--hosts.index", index),
+            log=folder / f"host{index}.log",
+        )
         for index in range(2)
     ]
     try:
@@ -109,6 +112,17 @@ def test_two_processes_stop_together_and_go_on_together_or_as_one(tmp_path, nurs
     for name in ("loss", "learning_rate"):
         pairs = [(a[name], b[name]) for a, b in zip(moved, straight, strict=True) if name in a]
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
+
+
+def test_run_directories_that_are_not_one_folder_are_refused(tmp_path, nursery):
+    toml = write_run(tmp_path)
+    runs = [tmp_path / f"run{index}" for index in range(2)]
+    with two_processes(tmp_path, nursery, toml, own=[("--run.directory", run) for run in runs]) as children:
+        for child, run in zip(children, runs, strict=True):
+            assert child.wait(60) == 2, child.log.read_text()
+            words = f"must be one folder that all processes see; process 1: {socket.gethostname()} has another"
+            assert child.log.read_text().splitlines()[-1] == f"error: {run}: {words}"
+    assert not any(run.exists() for run in runs)
 
 
 @pytest.mark.parametrize(
