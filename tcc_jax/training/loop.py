@@ -86,7 +86,12 @@ def train(
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config)
     hearing = contextlib.nullcontext(stop) if stop is not None else Stop()
-    with hearing as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
+    with (
+        hearing as stop,
+        open_run_directory(as_path(config.run.directory), config.training.steps) as directory,
+        # While status.json can still be written.
+        peers.speak_first() if peers else _NOTHING,
+    ):
         stop.on_leave = lambda message: directory.status("stopped", message=message)
         if peers:
             peers.on_loss = functools.partial(_lost, directory)
@@ -360,8 +365,8 @@ def _put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         return shard_batch(batch, mesh)
 
 
-def _lost(directory: RunDirectory, what: str) -> None:
+def _lost(directory: RunDirectory, what: str, goes_on: bool) -> None:
     step = latest_step(directory.path) or 0
     message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
     directory.log(f"error: {message}")
-    directory.status("failed", message=message)
+    directory.status("stopped" if goes_on else "failed", message=message)

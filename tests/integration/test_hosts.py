@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import socket
@@ -150,7 +151,7 @@ def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery,
         children[victim].kill(number)
         other = children[1 - victim]
         # Beyond the set time: a failure in a collective operation is looked into for some seconds before.
-        assert other.wait(TIMEOUT + 20) == 1, other.log.read_text()
+        assert other.wait(TIMEOUT + 20) == os.EX_TEMPFAIL, other.log.read_text()
         last = other.log.read_text().splitlines()[-1]
         saved = max(int(path.parent.name) for path in run.glob("checkpoints/*/checkpoint.json"))
         # One that waits for a save, not in a collective operation, has no failure to look into.
@@ -160,8 +161,24 @@ def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery,
             for word in said
         }
     if victim == 1:
-        assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("failed", last)
+        assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("stopped", last)
         assert last in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_mistake_on_one_host_is_told_on_the_other_which_is_not_to_go_on(tmp_path, nursery, victim):
+    toml, run = write_run(tmp_path), tmp_path / "run"
+    own = [(), ()]
+    own[victim] = ("--data.corpus", tmp_path / "nowhere")
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run, own=own) as children:
+        codes = [child.wait(60) for child in children]
+        said = [child.log.read_text() for child in children]
+    assert codes[victim] == 2 and codes[1 - victim] == 1, said
+    mistake = said[victim].splitlines()[-1].removeprefix("error: ")
+    assert "nowhere: no prepared corpus here" in mistake
+    assert f"error: process {victim} has failed: {mistake}; " in said[1 - victim]
+    if victim == 1:
+        assert status_of(run)["state"] == "failed"
 
 
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
