@@ -196,14 +196,15 @@ class Run:
             self.directory.log(f"{self.directory.path}: going on from step {self.first:,}")
             abstract = abstract_state(config, vocabulary.size, self.mesh)
             return restore_state(self.directory.path, self.first, abstract)
+        if config.checkpoint.init_from:
+            return _with_weights_of(config, self.corpus, create_state(config, vocabulary.size, None, self.mesh))
         num_sets = len(self.corpus.indices("train"))
         bias_V = frequency_bias(vocabulary.counts, num_sets) if config.objective.frequency_bias else None
         vectors_VD = spectral_vectors(self.corpus, config.model.width) if config.objective.spectral_start else None
         if vectors_VD is not None and jax.process_count() > 1:
             # The last bits depend on the number of cores: all take those of one host.
             vectors_VD = np.asarray(multihost_utils.broadcast_one_to_all(vectors_VD))
-        state = create_state(config, vocabulary.size, bias_V, self.mesh, vectors_VD)
-        return _with_weights_of(config, self.corpus, state) if config.checkpoint.init_from else state
+        return create_state(config, vocabulary.size, bias_V, self.mesh, vectors_VD)
 
     def _run_steps(self, state: TrainState) -> None:
         config, report, stop = self.config, self.report, self.stop
