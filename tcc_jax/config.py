@@ -17,6 +17,9 @@ from typing import Annotated, Any, Literal
 
 from tcc_jax.terminal import UserError, parse_arguments
 
+# That a step may have.
+MOST_ROWS = 2**20
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -136,7 +139,7 @@ class TrainingConfig:
 
     steps: Annotated[int, Bounds(1, 2**31 - 1)] = 1000
     """Optimizer steps of the whole run."""
-    batch_rows: Annotated[int, Bounds(1, 2**20)] = 64
+    batch_rows: Annotated[int, Bounds(1, MOST_ROWS)] = 64
     """Packed rows in a step, over all devices."""
     row_length: Annotated[int, Bounds(8, 2**20)] = 1024
     """Tokens in a row. A longer set contributes a fresh random subset each time."""
