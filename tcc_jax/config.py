@@ -48,7 +48,8 @@ class DataConfig:
     gene_order: Literal["shuffled", "file"] = "shuffled"
     """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
     library_weights: dict[str, float] = field(default_factory=dict)
-    """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`."""
+    """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`, or
+    `--data.library-weights KEGG 2`, which replaces the whole table."""
     library_balance: Annotated[float, Bounds(0, 1)] = 0.0
     """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
     cluster_balance: Annotated[float, Bounds(0, 1)] = 0.0
