@@ -225,7 +225,7 @@ class HostsConfig:
     index: Annotated[int, Bounds(-1, 2**20)] = -1
     """Number of this process, from 0; else JAX_PROCESS_ID."""
     timeout_seconds: Annotated[int, Bounds(5, 2**20)] = 100
-    """After so long without a sign of a process the others end, with a message."""
+    """After so long without a sign of a process, and some seconds, the others end, with a message."""
 
 
 @dataclass(frozen=True)
