@@ -33,12 +33,13 @@ ELSEWHERE = """
 
 Two processes on one machine (`pytest tests/integration/test_hosts.py -m ""`), `hosts.timeout_seconds = 12`, seconds
 until the other had ended with one line that names the process and the step to go on from (one run each, on a busy
-machine):
+machine). Its exit code is then 75, on which the recipes of configs/launch go on, and process 0 leaves `stopped` in
+status.json; where a process ends by an error that it can still tell, the other repeats it and exits with 1, `failed`.
 
 | fault | process 1 | process 0 |
 |---|---|---|
-| SIGKILL | 8.1 | 2.3 |
-| SIGSTOP | 14.6 | 12.9 |
+| SIGKILL | 8.5 | 2.8 |
+| SIGSTOP | 14.9 | 12.1 |
 
 SIGTERM to either one, in a step or in an evaluation, stops and saves both; an evaluation is given up. A save that
 fails on one of them (RLIMIT_FSIZE, either process) is told on both with that one's number and reason, the run goes on,
@@ -82,6 +83,7 @@ against a stand-in for the metadata server.
 - The compilation cache damaged: JAX warns and compiles again; same numbers.
 - A corpus edited; removed under a run: refused by its checksum; the run goes on to its end, or stops and saves.
 - The batch of a skipped update cannot be written: told; the run ends with its reason.
+- Two processes with a run folder each, of one path on two machines: both refuse (`tests/integration/test_hosts.py`).
 """
 
 

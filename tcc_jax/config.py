@@ -17,6 +17,9 @@ from typing import Annotated, Any, Literal
 
 from tcc_jax.terminal import UserError, parse_arguments
 
+# That a step may have.
+MOST_ROWS = 2**20
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -45,7 +48,8 @@ class DataConfig:
     gene_order: Literal["shuffled", "file"] = "shuffled"
     """Order of the genes in a set: permuted afresh every epoch, or as in the GMT file."""
     library_weights: dict[str, float] = field(default_factory=dict)
-    """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`."""
+    """How often the sets of a library are seen, beside 1 for those not named: `library_weights = {KEGG = 2.0}`, or
+    `--data.library-weights KEGG 2`, which replaces the whole table."""
     library_balance: Annotated[float, Bounds(0, 1)] = 0.0
     """Exponent b: a set is seen (training sets of its library)^-b as often; 1 shows every library alike often."""
     cluster_balance: Annotated[float, Bounds(0, 1)] = 0.0
@@ -136,7 +140,7 @@ class TrainingConfig:
 
     steps: Annotated[int, Bounds(1, 2**31 - 1)] = 1000
     """Optimizer steps of the whole run."""
-    batch_rows: Annotated[int, Bounds(1, 2**20)] = 64
+    batch_rows: Annotated[int, Bounds(1, MOST_ROWS)] = 64
     """Packed rows in a step, over all devices."""
     row_length: Annotated[int, Bounds(8, 2**20)] = 1024
     """Tokens in a row. A longer set contributes a fresh random subset each time."""
@@ -221,7 +225,7 @@ class HostsConfig:
     index: Annotated[int, Bounds(-1, 2**20)] = -1
     """Number of this process, from 0; else JAX_PROCESS_ID."""
     timeout_seconds: Annotated[int, Bounds(5, 2**20)] = 100
-    """After so long without a sign of a process the others end, with a message."""
+    """After so long without a sign of a process, and some seconds, the others end, with a message."""
 
 
 @dataclass(frozen=True)

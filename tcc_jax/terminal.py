@@ -111,7 +111,7 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
     captured = _Captured()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=arguments, **settings)
+            return tyro.cli(kind, args=arguments, registry=_whole_tables(), **settings)
     except SystemExit as stop:
         # --help, or a signal that came just now.
         if stop.code in (0, None) or (isinstance(stop.code, int) and stop.code > 128):
@@ -123,6 +123,32 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         # What went wrong stands before the types that were tried and the option's help.
         words = re.sub(r"\.? *((Got errors|Argument helptext):.*)?For full helptext, (see|run):? ", "; see ", words)
         raise UserError(words or "wrong arguments; see --help") from None
+
+
+def _whole_tables() -> Any:
+    # tyro gives each key of a table that is not empty a flag of its own, and then takes no others.
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    def from_words(words: list[str]) -> dict[str, float]:
+        if len(words) % 2:
+            raise ValueError("must be pairs of a name and a number")
+        return dict(zip(words[::2], map(float, words[1::2]), strict=True))
+
+    @registry.primitive_rule
+    def table_rule(info: Any) -> Any:
+        if info.type != dict[str, float]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME NUMBER [NAME NUMBER ...]]",
+            instance_from_str=from_words,
+            is_instance=lambda table: isinstance(table, dict),
+            str_from_instance=lambda table: [str(word) for item in table.items() for word in item],
+        )
+
+    return registry
 
 
 class _Captured(io.StringIO):

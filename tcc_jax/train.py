@@ -1,7 +1,7 @@
 """`python -m tcc_jax.train CONFIG.toml [--section.field value]`: train a model, or go on with a run that stopped.
 
 SIGTERM, SIGINT, SIGHUP and a maintenance notice finish the step, save and exit with 0; a second SIGTERM or SIGINT ends
-at once.
+at once. Where another host of the run is gone without a word, the exit code is 75: the same command goes on.
 Several hosts find each other under Slurm, Open MPI and on TPU slices; elsewhere by the [hosts] section of the
 configuration or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """

@@ -70,6 +70,21 @@ def test_the_largest_batch_is_found(most, curve, monkeypatch):
     assert (best.batch_rows if best else 0) == 8 * most
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_the_largest_batch_of_a_configuration_is_tried(microbatches, monkeypatch):
+    tried = []
+
+    def compile_step(config, vocabulary_size, target):
+        tried.append(config.training.batch_rows)
+        return Compiled(tried[-1], 1, 1, 0.0, True)
+
+    monkeypatch.setattr(ahead, "compile_step", compile_step)
+    training = {"batch_rows": 6, "microbatches": microbatches}
+    best = largest_batch(small_config(training=training, mesh={"data": 1}), 50, target(2**30, 1), lambda _: None)
+    assert best.batch_rows == tried[-1] == 2**20 // microbatches * microbatches
+    assert len(tried) == len(set(tried)) <= 21
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"gpu_device_info { }"])
 def test_a_description_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "gpu.txt").write_bytes(content)

@@ -89,6 +89,22 @@ def test_the_command_line_changes_fields_of_the_file(tmp_path):
     assert (config.checkpoint.resume, config.checkpoint.init_from) == ("last-good", "old")
 
 
+@pytest.mark.parametrize("text", ["", '[data]\nlibrary_weights = {A = 2.0, "B C" = 1}\n'])
+def test_a_table_on_the_command_line_replaces_that_of_the_file(tmp_path, text):
+    path = str(toml(tmp_path, text))
+    written = read_toml(path).data.library_weights
+    for words, expected in [
+        ([], written),
+        (["--data.library-weights", "B", "3"], {"B": 3.0}),
+        (["--data.library-weights", "B C", "0.5", "D", "0", "--run.seed", "7"], {"B C": 0.5, "D": 0.0}),
+        (["--data.library-weights"], {}),
+    ]:
+        assert parse_command_line([path, *words]).data.library_weights == expected
+    for words, mistake in [(["B"], "must be pairs of a name and a number"), (["B", "x"], "'x'")]:
+        with pytest.raises(UserError, match=f"--data.library-weights.*{mistake}"):
+            parse_command_line([path, "--data.library-weights", *words])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

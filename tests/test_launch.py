@@ -155,7 +155,7 @@ DESCRIBE, SSH, CAT = (
     f"gcloud {command}"
     for command in ("compute tpus queued-resources describe", "compute tpus tpu-vm ssh", "storage cat")
 )
-ACTIVE, LOST = {"prints": "ACTIVE"}, {"exits": 255}
+ACTIVE, LOST, GONE = {"prints": "ACTIVE"}, {"exits": 255}, {"exits": 75}
 
 
 def commands_of(calls):
@@ -207,8 +207,11 @@ def test_tpu_vm_trains_again_after_a_preemption(tmp_path):
         ({DESCRIBE: [ACTIVE], SSH: [{"exits": 2}], CAT: [status("training")]}, 1, 1),
         ({DESCRIBE: [{"prints": "FAILED"}]}, 1, 1),
         ({DESCRIBE: [ACTIVE] * 2, CAT: [status("stopped")] * 2}, 75, 2),
+        # Process 0 said that another host is gone; it was lost itself.
+        ({DESCRIBE: [ACTIVE] * 2, SSH: [{}, GONE], CAT: [status("stopped"), status("finished")]}, 0, 2),
+        ({DESCRIBE: [ACTIVE] * 2, SSH: [{}, GONE], CAT: [status("training"), status("finished")]}, 0, 2),
     ],
-    ids=["finished", "mistake", "failed", "no install", "no slice", "stopped"],
+    ids=["finished", "mistake", "failed", "no install", "no slice", "stopped", "lost", "lost first"],
 )
 def test_tpu_vm_ends_and_leaves_no_slice(tmp_path, answers, code, rounds):
     engines = Engines(tmp_path, "gcloud", "git", "sleep")
@@ -248,7 +251,7 @@ def test_xpk_trains(xpk_command):
 
 @pytest.mark.parametrize(
     ("asked_to_stop", "train_exits", "finished_exits", "code"),
-    [(False, 0, 0, 0), (True, 0, 75, 75), (False, 2, 0, 2), (False, 137, 0, 137)],
+    [(False, 0, 0, 0), (True, 0, 75, 75), (False, 75, 0, 75), (False, 2, 0, 2), (False, 137, 0, 137)],
 )
 def test_xpk_hands_on_sigterm_and_the_exit_code(
     xpk_command, tmp_path, asked_to_stop, train_exits, finished_exits, code
@@ -310,7 +313,7 @@ def test_slurm_options():
     assert values["ntasks-per-node"] == values["gpus-per-node"]
 
 
-@pytest.mark.parametrize(("trains", "finished", "code"), [(0, 0, 0), (0, 75, 75), (2, 0, 2)])
+@pytest.mark.parametrize(("trains", "finished", "code"), [(0, 0, 0), (0, 75, 75), (75, 0, 75), (2, 0, 2)])
 def test_slurm_trains_and_queues_again(tmp_path, trains, finished, code):
     engines = Engines(tmp_path, "srun", "scontrol", "python")
     answers = {"srun": [{"exits": trains}], "python configs/launch/finished.py": [{"exits": finished}]}
@@ -346,6 +349,9 @@ def test_sky_keys_and_commands(tmp_path):
     config = parse_command_line([str(ROOT / train[3]), *train[4:]])
     assert config.run.directory == finished[-1] == "gs://bucket/runs/first"
     assert config.data.corpus == "gs://bucket/corpora/mine"
+    answers = {"python -m tcc_jax.train": [{"exits": 75}]}
+    code, calls = engines.run("-c", task["run"], answers=answers, **variables)
+    assert (code, len(calls)) == (75, 1)
 
 
 @pytest.mark.parametrize(("state", "code"), [("finished", 0), ("stopped", 75), ("training", 75), (None, 75)])

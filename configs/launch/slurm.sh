@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on GPUs under Slurm: one process for each GPU, which is how JAX reads Slurm's variables. Two minutes before the
-# time limit Slurm sends SIGTERM, the run saves, and the job queues again; so it does after a preemption.
+# time limit Slurm sends SIGTERM, the run saves, and the job queues again; so it does after a preemption, and where the
+# processes that are left of a training say so by exit code 75.
 #
 #   RUN=/shared/runs/first CORPUS=/shared/corpora/mine \
 #     sbatch [--nodes=1 ...] configs/launch/slurm.sh configs/laptop.toml [--section.field value ...]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on a spot TPU VM slice until the run has finished: ask for a slice, install on all its hosts, train on all of
-# them, and after a preemption do it again; the run goes on from its last checkpoint.
+# them, and after a preemption or the loss of a host do it again; the run goes on from its last checkpoint.
 #
 #   gcloud storage cp --recursive corpora/mine gs://BUCKET/corpora/
 #   PROJECT=my-project ZONE=us-east5-b BUCKET=my-bucket NAME=first CORPUS=mine \

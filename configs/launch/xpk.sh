@@ -18,7 +18,7 @@ RESTARTS=${RESTARTS:-50}
 run=gs://$BUCKET/runs/$NAME
 train=$(printf '%q ' python -m tcc_jax.train "$@" --run.directory "$run" --data.corpus "gs://$BUCKET/corpora/$CORPUS")
 # Kubernetes sends SIGTERM to the shell alone, which hands it on and waits for the training to save. A training that was
-# stopped exits with 0, which would end the workload: finished.py makes it 75.
+# stopped exits with 0, which would end the workload: finished.py makes it 75, with which one that lost a host ends too.
 command="trap 'kill -TERM \$child' TERM; $train& child=\$!; wait \$child; wait \$child"
 command+=" && python configs/launch/finished.py $run"
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from tcc_jax.config import Config
+from tcc_jax.config import MOST_ROWS, Config
 from tcc_jax.model.kernels import tracing_for_absent_gpu
 from tcc_jax.terminal import UserError
 from tcc_jax.training.sharding import make_mesh, over_rows
@@ -179,7 +179,7 @@ def largest_batch(
         report: called with each attempt.
 
     Returns:
-        The largest that fits, or None if one row on each device does not.
+        The largest that fits, up to the most `training.batch_rows` may be, or None if one row on each device does not.
     """
     layout = config.mesh
     data = len(target.devices) // (layout.fsdp * layout.tensor) if layout.data == -1 else layout.data
@@ -198,10 +198,10 @@ def largest_batch(
         return compiled
 
     found: list[tuple[int, Compiled]] = []
-    high = 1
-    while high < 2**14 and (compiled := attempt(high)).fits:
+    high, most = 1, max(1, MOST_ROWS // unit)
+    while (not found or found[-1][0] < most) and (compiled := attempt(high)).fits:
         found.append((high, compiled))
-        high *= 2
+        high = min(2 * high, most)
     halve = False
     while found and high - (low := found[-1][0]) > 1:
         middle = (low + high) // 2 if halve else _where_full(found, target.memory_bytes)

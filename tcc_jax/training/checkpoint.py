@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tcc_jax.config import Config, from_dict
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import Params, abstract_params
-from tcc_jax.storage import absolute, as_path, check_bucket, on_this_machine, rename_folder
+from tcc_jax.storage import absolute, as_path, check_bucket, names_in, on_this_machine, rename_folder
 from tcc_jax.terminal import UserError
 from tcc_jax.training.saving import (
     FOLDER,
@@ -128,7 +129,8 @@ def find_checkpoint(
 
     Args:
         run_directory: the run.
-        resume: `latest`, or `last-good` to go past damaged ones, which are renamed to STEP.damaged.
+        resume: `latest`, or `last-good` to go past damaged ones, which are renamed to STEP.damaged, a
+            second one of that step to STEP.damaged-2, and so on.
         report: where a warning is told.
 
     Returns:
@@ -150,7 +152,7 @@ def find_checkpoint(
             continue
         for bad, damage in damaged:
             report(f"warning: {damage}; put aside, going on from step {step:,}")
-            rename_folder(bad, bad.with_name(f"{bad.name}.damaged"))
+            rename_folder(bad, _name_aside(bad))
         return step, meta
     if damaged:
         raise UserError(f"{damaged[0][1]}; no good checkpoint is left in {run_directory / FOLDER}")
@@ -217,6 +219,13 @@ def check_same_run(meta: dict[str, Any], config: Config, corpus: Corpus) -> None
 def latest_step(run_directory: Path) -> int | None:
     """Return the newest complete checkpoint of a run, or None."""
     return max(whole_steps(run_directory), default=None)
+
+
+def _name_aside(folder: Path) -> Path:
+    # The same step may be damaged, taken again and damaged once more.
+    taken, first = names_in(folder.parent), f"{folder.name}.damaged"
+    names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    return folder.with_name(next(name for name in names if name not in taken))
 
 
 def _locate(path: Path) -> tuple[Path, int]:

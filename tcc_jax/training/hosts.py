@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import ctypes
 import itertools
 import os
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,9 @@ _CLUSTERS = ("ompi", "slurm", "gcetpu", "gketpu")
 _BEAT_SECONDS = 1.0
 # How long a process may be silent once a collective operation has failed here: somebody is gone, and it shows soon.
 _SILENCE_AFTER_FAILURE = 5.0
-_ALIVE, _VERDICT, _DONE = "tcc_jax/alive/", "tcc_jax/verdict", "done"
+# Exit codes where another process is gone: without a word, so that the same command goes on, or with its reason.
+_LOST, _FAILED = os.EX_TEMPFAIL, 1
+_ALIVE, _VERDICT, _DONE = "tcc_jax/alive/", "tcc_jax/verdict/", "done"
 _PARTS, _TOLD, _AS_LONG_AS_IT_TAKES = "tcc_jax/parts/", ":", 2**31 - 1
 _numbers = itertools.count()
 
@@ -133,7 +136,10 @@ def all_or_none(failure: str, finish: Callable[[], str]) -> str:
 
 
 class Peers:
-    """A watch over the other processes of a run; ends this one, with exit code 1, when one of them is gone.
+    """A watch over the other processes of a run; ends this one when one of them is gone.
+
+    The exit code is 75 (EX_TEMPFAIL) where a process is gone without a word, since the same command goes on then, and 1
+    where it said why it failed.
 
     Every process tells JAX's coordination service once a second that it is alive. The first one, where the service
     runs, sees who is silent and says so to the others; these notice by themselves when the first one is gone. To be
@@ -143,7 +149,8 @@ class Peers:
         timeout_seconds: after so long without a sign a process counts as dead.
 
     Attributes:
-        on_loss: called with what happened, in a thread, before this process ends at once.
+        on_loss: called with what happened, and with whether the same command goes on, in a thread, before this process
+            ends at once.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -154,10 +161,10 @@ class Peers:
         host, _, port = global_state.coordinator_address.rpartition(":")
         self._first_process = (host.strip("[]"), int(port))
         self._index, self._count = jax.process_index(), jax.process_count()
-        self._silence = timeout_seconds
+        self._silence, self._heard = timeout_seconds, False
         self._left = threading.Event()
         self._reached = time.monotonic()
-        self.on_loss: Callable[[str], None] = lambda message: log(f"error: {message}; start all processes again")
+        self.on_loss: Callable[[str, bool], None] = lambda message, _: log(f"error: {message}; start all again")
 
     def __enter__(self) -> Peers:
         _hold_up_aborts()
@@ -167,10 +174,7 @@ class Peers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, UserError):
-            # Most likely a collective operation without the process that is gone: let the watch say which.
-            self._silence = min(self._timeout, _SILENCE_AFTER_FAILURE)
-            time.sleep(self._silence + 10 * _BEAT_SECONDS)
+        self._hear_watch(error)
         self._left.set()
         # A beat under way would overwrite the last word. It hangs where the first process is stopped: wait no longer.
         self._beating.join(10 * _BEAT_SECONDS)
@@ -179,6 +183,26 @@ class Peers:
             atexit.register(_end, 2 if issubclass(kind, (UserError, OSError)) else 1)
         last = _DONE if kind is None else "failed: " + " ".join(str(error).split())[:500]
         self._tell(_ALIVE + str(self._index), last)
+        if kind is not None and self._index == 0:
+            # The service ends with this process: what it said must have been heard by then.
+            self._tell(f"{_VERDICT}{_FAILED}", f"process 0 has {last}")
+            time.sleep(3 * _BEAT_SECONDS)
+
+    @contextlib.contextmanager
+    def speak_first(self) -> Iterator[None]:
+        """Before a failure inside this block leaves it, wait for the watch, which ends this process if one is gone."""
+        try:
+            yield
+        except Exception as error:
+            self._hear_watch(error)
+            raise
+
+    def _hear_watch(self, error: BaseException | None) -> None:
+        if self._heard or not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        # Most likely a collective operation without the process that is gone.
+        self._silence, self._heard = min(self._timeout, _SILENCE_AFTER_FAILURE), True
+        time.sleep(self._silence + 10 * _BEAT_SECONDS)
 
     def _beat(self) -> None:
         """Say that this process is alive, and hear what the first one says; calls hang if that one is stopped."""
@@ -190,11 +214,13 @@ class Peers:
                 verdicts = self._client.key_value_dir_get(_VERDICT)
             except Exception:
                 if not self._left.is_set():
-                    self._leave("process 0 has ended")
+                    self._leave("process 0 has ended", _LOST)
                 return
             self._reached = time.monotonic()
-            if verdicts and not self._left.is_set():
-                self._leave(verdicts[0][1])
+            # Time to end by the same mistake in its own words.
+            if verdicts and self._index and not self._left.wait(_BEAT_SECONDS):
+                key, verdict = verdicts[0]
+                self._leave(verdict, int(key.rpartition("/")[2]))
 
     def _guard(self) -> None:
         seen: dict[str, tuple[str, float]] = {str(index): ("", time.monotonic()) for index in range(self._count)}
@@ -202,9 +228,9 @@ class Peers:
             now = time.monotonic()
             if self._index:
                 if now - self._reached > self._silence:
-                    self._leave(f"process 0 has given no sign for {self._silence:.0f} s")
+                    self._leave(f"process 0 has given no sign for {self._silence:.0f} s", _LOST)
                 if now - self._reached > 2 * _BEAT_SECONDS and self._is_refused():
-                    self._leave("process 0 has ended")
+                    self._leave("process 0 has ended", _LOST)
                 continue
             try:
                 signs = self._client.key_value_dir_get(_ALIVE)
@@ -217,9 +243,9 @@ class Peers:
                     seen[index] = (value, now)
             for index, (value, time_seen) in seen.items():
                 if value.startswith("failed"):
-                    self._condemn(f"process {index} has {value}")
+                    self._condemn(f"process {index} has {value}", _FAILED)
                 elif value != _DONE and now - time_seen > self._silence:
-                    self._condemn(f"process {index} has given no sign for {self._silence:.0f} s")
+                    self._condemn(f"process {index} has given no sign for {self._silence:.0f} s", _LOST)
 
     def _is_refused(self) -> bool:
         """Return whether nobody listens any more where the first process did."""
@@ -231,11 +257,11 @@ class Peers:
             return False
         return False
 
-    def _condemn(self, verdict: str) -> None:
-        self._tell(_VERDICT, verdict)
+    def _condemn(self, verdict: str, code: int) -> None:
+        self._tell(f"{_VERDICT}{code}", verdict)
         # Time for the others to hear it, or to end by the same mistake in their own words.
         if not self._left.wait(3 * _BEAT_SECONDS):
-            self._leave(verdict)
+            self._leave(verdict, code)
 
     def _tell(self, key: str, value: str) -> None:
         try:
@@ -243,11 +269,11 @@ class Peers:
         except Exception as error:
             log(f"warning: the other processes cannot be told: {' '.join(str(error).split())[:200]}")
 
-    def _leave(self, message: str) -> None:
+    def _leave(self, message: str, code: int) -> None:
         try:
-            self.on_loss(message)
+            self.on_loss(message, code == _LOST)
         finally:
-            os._exit(1)
+            os._exit(code)
 
 
 class Agreement:

@@ -40,7 +40,7 @@ from tcc_jax.training.hosts import Agreement, Peers
 from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
-from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, open_run_directory
+from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, check_shared, open_run_directory
 from tcc_jax.training.saving import CheckpointWriter, read_record, step_folder
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
@@ -87,7 +87,12 @@ def train(
         raise UserError(f"{config.data.corpus}: no training sets in this corpus")
     mesh = make_mesh(config)
     hearing = contextlib.nullcontext(stop) if stop is not None else Stop()
-    with hearing as stop, open_run_directory(as_path(config.run.directory), config.training.steps) as directory:
+    with (
+        hearing as stop,
+        open_run_directory(as_path(config.run.directory), config.training.steps) as directory,
+        # While status.json can still be written.
+        peers.speak_first() if peers else _NOTHING,
+    ):
         stop.on_leave = lambda message: directory.status("stopped", message=message)
         if peers:
             peers.on_loss = functools.partial(_lost, directory)
@@ -95,6 +100,7 @@ def train(
             # A host that left alone would leave the others waiting: all stop together, after the first step.
             stop.must_save()
         directory.status("starting")
+        check_shared(directory.path)
         Run(config, corpus, mesh, directory, stop, make_recall).run()
 
 
@@ -114,6 +120,7 @@ class Run:
         self.config, self.corpus, self.mesh, self.directory, self.stop = config, corpus, mesh, directory, stop
         self.make_recall = make_recall
         self.first, self.meta = self._find_start()
+        directory.saved(self.first if self.meta else None)
         if self.meta:
             check_same_run(self.meta, config, corpus)
         # What can be refused is, before anything is written.
@@ -127,7 +134,7 @@ class Run:
         if self.first >= config.training.steps and not self.meta.get("evaluation_due"):
             steps = f"{config.training.steps:,} steps"
             directory.log(f"{path}: already trained to step {self.first:,}; nothing left of {steps}")
-            directory.status("finished", step=self.first, checkpoint=self.first)
+            directory.status("finished", step=self.first)
             return
         state = self._first_state()
         directory.describe(config, self.corpus.vocabulary, self.first)
@@ -138,7 +145,7 @@ class Run:
         plan, most = self.source.plan, config.training.segments_per_row
         used = len(plan.slot_lengths) / (plan.num_rows * most)
         directory.log(f"packing: rows {plan.fullness:.1%} full, {used:.0%} of their {most} places for sets taken")
-        directory.status("compiling", step=self.first, checkpoint=self.first if self.meta else None)
+        directory.status("compiling", step=self.first)
         has_board = config.training.tensorboard and jax.process_index() == 0
         writes = jax.process_index() == 0
         metrics_file = MetricsFile(directory.local / METRICS_FILE, self.first, directory.log, writes=writes)
@@ -156,6 +163,7 @@ class Run:
                 recalls=metrics_file.recalls if config.checkpoint.keep_best else None,
                 check=directory.check,
                 before_seal=put_metrics_in_place,
+                saved=directory.saved,
                 note=directory.note,
                 warn=directory.log,
             ) as self.checkpoints,
@@ -189,14 +197,15 @@ class Run:
             self.directory.log(f"{self.directory.path}: going on from step {self.first:,}")
             abstract = abstract_state(config, vocabulary.size, self.mesh)
             return restore_state(self.directory.path, self.first, abstract)
+        if config.checkpoint.init_from:
+            return _with_weights_of(config, self.corpus, create_state(config, vocabulary.size, None, self.mesh))
         num_sets = len(self.corpus.indices("train"))
         bias_V = frequency_bias(vocabulary.counts, num_sets) if config.objective.frequency_bias else None
         vectors_VD = spectral_vectors(self.corpus, config.model.width) if config.objective.spectral_start else None
         if vectors_VD is not None and jax.process_count() > 1:
             # The last bits depend on the number of cores: all take those of one host.
             vectors_VD = np.asarray(multihost_utils.broadcast_one_to_all(vectors_VD))
-        state = create_state(config, vocabulary.size, bias_V, self.mesh, vectors_VD)
-        return _with_weights_of(config, self.corpus, state) if config.checkpoint.init_from else state
+        return create_state(config, vocabulary.size, bias_V, self.mesh, vectors_VD)
 
     def _run_steps(self, state: TrainState) -> None:
         config, report, stop = self.config, self.report, self.stop
@@ -233,6 +242,9 @@ class Run:
                 # On its way to the devices while they are at work on this step.
                 batch, arrays = self._fetch(batches)
             due = every_seconds > 0 and time.monotonic() - last_save >= every_seconds and jax.process_index() == 0
+            if due:
+                # Asked for once: several hosts hear of it only some steps later.
+                last_save = time.monotonic()
             stopping, save_by_time = agreed.exchange(bool(stop), due)
             self._read(in_flight, late, state)
             evaluates = config.training.eval_every > 0 and (is_last or step % config.training.eval_every == 0)
@@ -355,8 +367,8 @@ def _put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         return shard_batch(batch, mesh)
 
 
-def _lost(directory: RunDirectory, what: str) -> None:
+def _lost(directory: RunDirectory, what: str, goes_on: bool) -> None:
     step = latest_step(directory.path) or 0
     message = f"{what}; start all processes again with the same command, the run goes on from step {step:,}"
     directory.log(f"error: {message}")
-    directory.status("failed", message=message)
+    directory.status("stopped" if goes_on else "failed", message=message)

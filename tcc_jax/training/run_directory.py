@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -31,12 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.storage import check_bucket, copy_file, is_remote, names_in, replace_text, write_object
 from tcc_jax.terminal import UserError, log
-from tcc_jax.training.checkpoint import VOCABULARY_FILE, packages
+from tcc_jax.training.checkpoint import VOCABULARY_FILE, latest_step, packages
+from tcc_jax.training.hosts import all_or_none
 from tcc_jax.training.locks import LOCK_FILE, OWNER_FILE, hold
 
 CONFIG_FILE = "config.json"
@@ -48,8 +52,10 @@ STATUS_VERSION = 1
 _KEPT = (CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, METRICS_FILE)
 _LAST = ("finished", "stopped", "failed")
 _BEFORE_THE_FIRST_STEP = {LOCK_FILE, OWNER_FILE, STATUS_FILE, LOG_FILE}
-# What a process killed inside `atomic_file` leaves behind.
-_HALF_WRITTEN = re.compile(r"\.[a-z]+\.jsonl?\.\d+\.tmp")
+# What a process killed inside `atomic_file` or `check_shared` leaves behind.
+_HALF_WRITTEN = re.compile(r"\.([a-z]+\.jsonl?|shared)\.\d+\.tmp")
+# A network file system may show a new file some seconds late.
+_SEEN_SECONDS = 10.0
 _COPY_SECONDS = 10.0
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "SLURM_JOB_ID")
 
@@ -74,6 +80,7 @@ class RunDirectory:
         self._mirror = mirror
         self._writes = jax.process_index() == 0
         self._status: dict[str, Any] = {"format_version": STATUS_VERSION, "state": "", "step": 0, "steps": steps}
+        self.saved(latest_step(path) if self._writes else None)
         self._written = -math.inf
 
     def status(self, state: str, **values: Any) -> None:
@@ -82,11 +89,11 @@ class RunDirectory:
         Args:
             state: starting, compiling, training, evaluating, saving, and at the end finished, stopped or failed. A
                 process that was killed leaves what it did last: `pid`, `host` and an old `time` tell.
-            values: `step` (taken), `checkpoint` (latest step saved, or null), `loss`, `message`.
+            values: `step` (taken), `loss`, `message`. The file also has `checkpoint` (latest step saved, or null).
         """
         # Not the wall clock, which may be set back.
         now = time.monotonic()
-        changed = state != self._status["state"] or values.keys() & {"message", "checkpoint"}
+        changed = state != self._status["state"] or "message" in values
         self._status |= {"state": state} | values
         if not self._writes or (not changed and now - self._written < 1) or not self.is_held():
             return
@@ -99,6 +106,10 @@ class RunDirectory:
             # The process may end before the bucket is looked after again.
             with contextlib.suppress(OSError):
                 self.sync()
+
+    def saved(self, step: int | None) -> None:
+        """Say in every status from now on that the latest checkpoint is of this step; None says that there is none."""
+        self._status["checkpoint"] = step
 
     def log(self, message: str) -> None:
         """Print a line on standard error and add it to train.log."""
@@ -192,6 +203,32 @@ def open_run_directory(path: Path, steps: int) -> Iterator[RunDirectory]:
             if made and directory.is_held() and not (path / CONFIG_FILE).exists():
                 _remove(path, made)
             raise
+
+
+def check_shared(path: Path) -> None:
+    """Check that a run directory is one folder for all processes: each looks for a file that the first one makes.
+
+    Raises:
+        UserError: some see another folder; all processes raise it, and it names them.
+    """
+    if jax.process_count() == 1 or is_remote(path):
+        return
+
+    def mark(number: int) -> Path:
+        return path / f".shared.{number}.tmp"
+
+    number = secrets.randbits(31)
+    if jax.process_index() == 0:
+        mark(number).touch()
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    end = time.monotonic() + _SEEN_SECONDS
+    while not (seen := mark(number).exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    others = all_or_none("" if seen else f"{socket.gethostname()} has another", lambda: "")
+    if jax.process_index() == 0:
+        mark(number).unlink(missing_ok=True)
+    if others:
+        raise UserError(f"{path}: must be one folder that all processes see; {others}")
 
 
 class Mirror:

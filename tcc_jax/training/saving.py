@@ -52,6 +52,7 @@ class CheckpointWriter:
         recalls: step -> validation recall; the best of the steps that have a checkpoint is kept. Read at every save.
         check: called before anything is sealed or removed, in the background; if it raises, that is left undone.
         before_seal: called before a checkpoint is sealed, in the background; if it raises, the save has failed.
+        saved: called with the step of every checkpoint that is sealed, in the background, on all hosts.
         note: where finished saves are told.
         warn: where failures are told.
 
@@ -70,12 +71,13 @@ class CheckpointWriter:
         recalls: Mapping[int, float] | None = None,
         check: Callable[[], None] = lambda: None,
         before_seal: Callable[[], None] = lambda: None,
+        saved: Callable[[int], None] = lambda step: None,
         note: Callable[[str], None] = lambda message: None,
         warn: Callable[[str], None] = log,
     ) -> None:
         self._run_directory, self._folder = run_directory, run_directory / FOLDER
         self._keep, self._keep_every, self._recalls = keep, keep_every, {} if recalls is None else recalls
-        self._check, self._before_seal, self._note, self._warn = check, before_seal, note, warn
+        self._check, self._before_seal, self._saved, self._note, self._warn = check, before_seal, saved, note, warn
         self._arrays = ocp.StandardCheckpointHandler()
         self._background: threading.Thread | None = None
         self.saved_step: int | None = None
@@ -121,6 +123,7 @@ class CheckpointWriter:
             self._warn(f"warning: {self.failure}; checkpoints saved before are whole, the run goes on")
         else:
             self.failure, self.saved_step = None, step
+            self._saved(step)
             seconds = time.monotonic() - began
             self._note(f"step {step:,} is saved ({seconds:.2f} s, {self.pause_seconds:.2f} s of pause)")
         if jax.process_index() == 0 and (problem := _attempt(lambda: self._tidy(one_more=not failure))):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import socket
@@ -35,11 +36,14 @@ def nursery(cache):
 
 
 @contextlib.contextmanager
-def two_processes(folder, nursery, *arguments):
-    """Start a run of two processes, and end what still runs of it."""
+def two_processes(folder, nursery, *arguments, own=((), ())):
+    """Start a run of two processes, `own` the arguments of each alone, and end what still runs of it."""
     hosts = ("--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", 2, "--hosts.timeout-seconds", TIMEOUT)
     children = [
-        nursery.start(*arguments, "--mesh.data", 2, *hosts, "--hosts.index", index, log=folder / f"host{index}.log")
+        nursery.start(
+            *(*arguments, *own[index], "--mesh.data", 2, *hosts, "--hosts.index", index),
+            log=folder / f"host{index}.log",
+        )
         for index in range(2)
     ]
     try:
@@ -111,6 +115,17 @@ def test_two_processes_stop_together_and_go_on_together_or_as_one(tmp_path, nurs
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
 
 
+def test_run_directories_that_are_not_one_folder_are_refused(tmp_path, nursery):
+    toml = write_run(tmp_path)
+    runs = [tmp_path / f"run{index}" for index in range(2)]
+    with two_processes(tmp_path, nursery, toml, own=[("--run.directory", run) for run in runs]) as children:
+        for child, run in zip(children, runs, strict=True):
+            assert child.wait(60) == 2, child.log.read_text()
+            words = f"must be one folder that all processes see; process 1: {socket.gethostname()} has another"
+            assert child.log.read_text().splitlines()[-1] == f"error: {run}: {words}"
+    assert not any(run.exists() for run in runs)
+
+
 @pytest.mark.parametrize(
     ("victim", "number", "words"),
     [
@@ -136,7 +151,7 @@ def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery,
         children[victim].kill(number)
         other = children[1 - victim]
         # Beyond the set time: a failure in a collective operation is looked into for some seconds before.
-        assert other.wait(TIMEOUT + 20) == 1, other.log.read_text()
+        assert other.wait(TIMEOUT + 20) == os.EX_TEMPFAIL, other.log.read_text()
         last = other.log.read_text().splitlines()[-1]
         saved = max(int(path.parent.name) for path in run.glob("checkpoints/*/checkpoint.json"))
         # One that waits for a save, not in a collective operation, has no failure to look into.
@@ -146,8 +161,24 @@ def test_a_process_that_is_gone_ends_the_other_with_a_message(tmp_path, nursery,
             for word in said
         }
     if victim == 1:
-        assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("failed", last)
+        assert (status_of(run)["state"], f"error: {status_of(run)['message']}") == ("stopped", last)
         assert last in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_mistake_on_one_host_is_told_on_the_other_which_is_not_to_go_on(tmp_path, nursery, victim):
+    toml, run = write_run(tmp_path), tmp_path / "run"
+    own = [(), ()]
+    own[victim] = ("--data.corpus", tmp_path / "nowhere")
+    with two_processes(tmp_path, nursery, toml, "--run.directory", run, own=own) as children:
+        codes = [child.wait(60) for child in children]
+        said = [child.log.read_text() for child in children]
+    assert codes[victim] == 2 and codes[1 - victim] == 1, said
+    mistake = said[victim].splitlines()[-1].removeprefix("error: ")
+    assert "nowhere: no prepared corpus here" in mistake
+    assert f"error: process {victim} has failed: {mistake}; " in said[1 - victim]
+    if victim == 1:
+        assert status_of(run)["state"] == "failed"
 
 
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])

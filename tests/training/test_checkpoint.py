@@ -181,6 +181,17 @@ def test_resuming_goes_past_a_damaged_checkpoint_only_when_asked_to(copy, damage
     assert (copy / "checkpoints" / "3").is_dir()
 
 
+def test_a_step_that_is_damaged_again_is_put_aside_again(copy, tmp_path):
+    good = shutil.copytree(copy / "checkpoints" / "12", tmp_path / "good")
+    for _ in range(3):
+        flip_a_bit(copy / "checkpoints" / "12")
+        assert find_checkpoint(copy, "last-good", lambda message: None)[0] == 3
+        shutil.copytree(good, copy / "checkpoints" / "12")
+    names = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert names == ["12", "12.damaged", "12.damaged-2", "12.damaged-3", "3"]
+    assert find_checkpoint(copy, "latest", lambda message: None)[0] == 12
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_removed(copy):
     unfinish(copy / "checkpoints" / "12")
     assert latest_step(copy) == 3

@@ -1,8 +1,10 @@
 """Which processes join which, by flags, variables and clusters; and who is declared gone."""
 
 import itertools
+import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -183,7 +185,12 @@ def watch_of(monkeypatch):
 
     service = Service()
     monkeypatch.setattr(hosts, "_BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(Peers, "_leave", lambda peers, message: (peers.on_loss(message), peers._left.set()))
+    monkeypatch.setattr(
+        Peers,
+        "_leave",
+        lambda peers, message, code: (peers.on_loss(message, code == os.EX_TEMPFAIL), peers._left.set()),
+    )
+    monkeypatch.setattr(hosts, "atexit", SimpleNamespace(register=lambda *_: None))
     monkeypatch.setattr(hosts, "_hold_up_aborts", lambda: None)
     monkeypatch.setattr(distributed.global_state, "client", service)
     monkeypatch.setattr(distributed.global_state, "coordinator_address", "127.0.0.1:9")
@@ -192,7 +199,7 @@ def watch_of(monkeypatch):
     def make(index, timeout):
         monkeypatch.setattr(hosts.jax, "process_index", lambda: index)
         peers, said = Peers(timeout), []
-        peers.on_loss = said.append
+        peers.on_loss = lambda message, goes_on: said.append((message, goes_on))
         return peers, said
 
     return make
@@ -214,7 +221,7 @@ def test_a_silent_process_is_named_to_the_others(watch_of):
         # As a process that hangs: it beats no more, but is there.
         second._left.set()
         wait_for(lambda: first_said)
-    assert first_said == ["process 1 has given no sign for 0 s"]
+    assert first_said == [("process 1 has given no sign for 0 s", True)]
 
 
 def test_a_beat_under_way_does_not_overwrite_the_last_word(watch_of, monkeypatch):
@@ -247,7 +254,28 @@ def test_a_process_that_ends_properly_is_not_missed_and_one_that_fails_is(watch_
         third, _ = watch_of(1, 60.0)
         third._tell("tcc_jax/alive/1", "failed: its disk is full")
         wait_for(lambda: said)
-    assert said == ["process 1 has failed: its disk is full"]
+    # The same command would fail again.
+    assert said == [("process 1 has failed: its disk is full", False)]
+
+
+def test_the_others_hear_why_the_first_process_failed(watch_of):
+    (first, _), (second, said) = watch_of(0, 60.0), watch_of(1, 60.0)
+    second._guard = lambda: None
+    with second:
+        with pytest.raises(UserError), first:
+            raise UserError("its disk is full")
+        wait_for(lambda: said)
+    assert said == [("process 0 has failed: its disk is full", False)]
+
+
+def test_a_failure_waits_for_the_watch_to_say_who_is_gone(watch_of, monkeypatch):
+    monkeypatch.setattr(hosts, "_BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(hosts, "_SILENCE_AFTER_FAILURE", 0.2)
+    first, said = watch_of(0, 60.0)
+    with first:
+        with pytest.raises(RuntimeError), first.speak_first():
+            raise RuntimeError("connection closed by peer")
+        assert said == [("process 1 has given no sign for 0 s", True)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from tcc_jax.terminal import UserError
 from tcc_jax.training import loop, saving
 from tcc_jax.training import step as step_module
 from tcc_jax.training.checkpoint import latest_step
+from tcc_jax.training.hosts import Agreement
 from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tcc_jax.training.preemption import Stop
@@ -198,6 +200,7 @@ def test_what_a_run_leaves_behind(finished, capsys):
     ]
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["step"], status["steps"], status["pid"]) == ("finished", 10, 10, os.getpid())
+    assert status["checkpoint"] == 10
     [start] = json.loads((directory / "environment.json").read_text())["starts"]
     assert start["step"] == 0 and start["packages"]["jax"] == jax.__version__
     log = (directory / "train.log").read_text()
@@ -279,7 +282,8 @@ def test_updates_skipped_too_often_stop_the_run_with_state_and_batch_saved(corpu
     with pytest.raises(UserError, match="step 9: the loss or its gradient was not finite 3 times in a row") as caught:
         train(config)
     assert "the last checkpoint is of step 9" in str(caught.value)
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["checkpoint"]) == ("failed", 9)
     state = state_at(config, 9)
     assert int(state.skipped_in_a_row) == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -309,7 +313,8 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(corpus, finished, tmp_pat
         train(config)
     assert latest_step(tmp_path / "run") == 7
     assert f"{number.name}: step 7 is saved" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["checkpoint"]) == ("stopped", 7)
     train(config)
     jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
     assert same_numbers(lines_of(config)) == same_numbers(lines_of(finished))
@@ -371,6 +376,33 @@ def test_saves_by_time_change_no_number(corpus, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, state_at(often, 10), state_at(never, 10))
 
 
+def test_several_hosts_save_once_each_time_it_is_due(corpus, tmp_path, monkeypatch):
+    class LateAgreement(Agreement):
+        def exchange(self, *flags):
+            self._pending.append(flags)
+            return self._pending.popleft() if len(self._pending) > self._late else (False,) * len(flags)
+
+    minutes, make = 0, loop.make_train_step
+
+    def clocked_make(*arguments):
+        train_step = make(*arguments)
+
+        def step(state, batch):
+            nonlocal minutes
+            minutes += 1
+            return train_step(state, batch)
+
+        return step
+
+    monkeypatch.setattr(loop, "Agreement", LateAgreement)
+    monkeypatch.setattr(loop, "make_train_step", clocked_make)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60.0 * minutes))
+    sections = {"training": {"steps": 12, "eval_every": 0}, "compute": {"steps_in_flight": 3}}
+    train(config_of(corpus, tmp_path / "run", checkpoint={"every_minutes": 3, "every_steps": 99}, **sections))
+    # Due at steps 3 and 8, and heard of two steps later.
+    assert whole_steps(tmp_path / "run") == [5, 10, 12]
+
+
 def test_a_save_that_fails_does_not_stop_the_run_unless_it_is_the_last(corpus, finished, tmp_path, monkeypatch, capsys):
     seal = saving.seal
 
@@ -387,6 +419,7 @@ def test_a_save_that_fails_does_not_stop_the_run_unless_it_is_the_last(corpus, f
     with pytest.raises(UserError, match=r"step 10 could not be saved: .*No space left"):
         train(config)
     assert whole_steps(tmp_path / "run") == [2, 6, 8]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["checkpoint"] == 8
     assert "step 4 could not be saved" in capsys.readouterr().err
     monkeypatch.setattr(saving, "seal", seal)
     train(config)
@@ -394,13 +427,19 @@ def test_a_save_that_fails_does_not_stop_the_run_unless_it_is_the_last(corpus, f
     jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))
 
 
-def test_a_damaged_checkpoint_is_passed_over_when_asked_to(corpus, finished, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over_when_asked_to(corpus, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished.run.directory, tmp_path / "run")
     [*_, file] = sorted((tmp_path / "run" / "checkpoints" / "10").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"checkpoints/10: the checkpoint is damaged.*--resume last-good"):
         train(config_of(corpus, tmp_path / "run"))
     config = config_of(corpus, tmp_path / "run", checkpoint={"resume": "last-good"})
+    with monkeypatch.context() as patch:
+        disturb(patch, 6, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    # Step 10 is put aside, step 5 is what there is.
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["checkpoint"] == 5
     train(config)
     assert "put aside, going on from step 5" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, state_at(config, 10), state_at(finished, 10))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.terminal import UserError
+from tcc_jax.training import loop
 from tcc_jax.training.locks import flock
 from tcc_jax.training.loop import train
 from tests.training.corpora import write_small_corpus
@@ -28,6 +29,17 @@ def test_a_new_run_starts_from_old_weights_on_purpose(corpus, finished, tmp_path
     jax.tree.map(np.testing.assert_array_equal, new.params, old.params)
     assert (int(new.step), int(old.step)) == (1, 10)
     train(config)
+
+
+def test_a_start_that_old_weights_replace_is_not_computed(corpus, finished, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(loop, "spectral_vectors", lambda *_: computed.append("vectors"))
+    monkeypatch.setattr(loop, "frequency_bias", lambda *_: computed.append("bias"))
+    sections = {"training": {"steps": 1}, "objective": {"spectral_start": True, "frequency_bias": True}}
+    train(config_of(corpus, tmp_path / "new", **sections))
+    assert computed == ["bias", "vectors"]
+    train(config_of(corpus, tmp_path / "run", checkpoint={"init_from": finished.run.directory}, **sections))
+    assert computed == ["bias", "vectors"]
 
 
 def test_weights_that_do_not_fit_leave_no_folder_behind(corpus, finished, tmp_path):
