@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
 from tcc_jax.completion.model import Model
@@ -40,7 +41,7 @@ class Mixture:
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
         """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
-        return np.asarray(_mix(*_parts(self._model(visible), self._retrieval(visible), visible), self.weight))
+        return _mix(*_parts(self._model(visible), self._retrieval(visible), visible), self.weight)
 
     def describe(self) -> str:
         """Return one line with the weight."""
@@ -88,33 +89,24 @@ def _tune(model: Scorer, retrieval: RelevanceModel) -> Arrays:
                 likelihoods[retrieval.libraries == codes.get(one.library, -1)] = 0
                 votes.append(retrieval.votes(likelihoods, one.visible))
             parts = _parts(model(visible), np.stack(votes), visible)
-            totals += [recall_of_each(np.asarray(_mix(*parts, weight)), batch).sum() for weight in WEIGHTS]
+            totals += [recall_of_each(_mix(*parts, weight), batch).sum() for weight in WEIGHTS]
             advance(len(batch))
     return {"recall": totals / max(1, len(masked)), "weight": np.array(WEIGHTS[int(np.argmax(totals))])}
 
 
 def _parts(
     logits_BV: jax.Array | np.ndarray, votes_BV: jax.Array | np.ndarray, visible: Sequence[np.ndarray]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return log p and s, [B, V] float32."""
     candidates_BV = np.tile(genes_of(logits_BV.shape[1]), (len(visible), 1))
     for candidates_V, ids in zip(candidates_BV, visible, strict=True):
         candidates_V[ids] = False
-    return _over_candidates(logits_BV, votes_BV, candidates_BV)
+    shares_BV = np.where(candidates_BV, votes_BV, 0)
+    total_B1 = shares_BV.sum(axis=1, keepdims=True)
+    log_p_BV = scipy.special.log_softmax(np.where(candidates_BV, logits_BV, -np.inf), axis=1)
+    return log_p_BV, shares_BV / np.where(total_B1 > 0, total_B1, 1)
 
 
-@jax.jit
-def _over_candidates(
-    logits_BV: jax.Array, votes_BV: jax.Array, candidates_BV: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    votes_BV = jnp.where(candidates_BV, votes_BV, 0)
-    total_B1 = jnp.sum(votes_BV, axis=1, keepdims=True)
-    return (
-        jax.nn.log_softmax(jnp.where(candidates_BV, logits_BV, -jnp.inf)),
-        votes_BV / jnp.where(total_B1 > 0, total_B1, 1),
-    )
-
-
-@jax.jit
-def _mix(log_p_BV: jax.Array, share_BV: jax.Array, weight: float) -> jax.Array:
-    return jnp.logaddexp(jnp.log1p(-weight) + log_p_BV, jnp.log(weight * share_BV))
+def _mix(log_p_BV: np.ndarray, share_BV: np.ndarray, weight: float) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(math.log1p(-weight) + log_p_BV, np.log(weight * share_BV))
