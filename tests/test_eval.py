@@ -9,6 +9,8 @@ import pytest
 
 from tcc_jax import eval as command
 from tcc_jax.completion.metrics import METRICS
+from tcc_jax.corpus.store import open_corpus
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import STEP, make_corpus, make_run, write_hgnc
 
 
@@ -77,6 +79,12 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     assert [len(line) - 2 for line in lines] == [int(row["hidden"]) for row in rows[:27]]
     assert [row["baseline"] for row in report["comparisons"]] == ["popularity", "random", "set-kNN", "relevance"]
     assert report["leaks"]["sets"] == 27 and "nats_per_hidden_gene" in methods["model"]["metrics"]
+    corpus = open_corpus(folder / "corpus")
+    counts = corpus.vocabulary.counts
+    tested = sorted(counts[sorted({id_ for index in corpus.indices("test") for id_ in corpus.genes(index)})])
+    held = tested[len(tested) // 3 - 1]
+    share = f"{np.mean(counts[NUM_SPECIAL:] <= held):.0%}"
+    assert f"rare are genes held by at most {held} training sets ({share} of the vocabulary)" in report["notes"]
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
     shown = capsys.readouterr().out

@@ -104,6 +104,9 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
             jaccard = best_training_jaccard(corpus, evaluated, advance)
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
     notes = [*methods.notes, *recorded, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
+    if rare_V.any():
+        held, share = vocabulary.counts[rare_V].max(), rare_V.sum() / genes_of(vocabulary.size).sum()
+        notes.append(f"rare are genes held by at most {held:,} training sets ({share:.0%} of the vocabulary)")
     if corpus is None:
         notes.append(f"{', '.join(methods.left_out)} and the leak report are left out: {missing}")
     checkpoint = model.checkpoint
