@@ -94,8 +94,11 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     for name, shares in (("sweep", _SWEEP), ("noise", _NOISE)):
         for share in shares if getattr(options, name) else ():
             visible, false = (share, 0.0) if name == "sweep" else (options.visible, share)
-            masks, _ = mask_sets(sets, candidates_V, visible, options.seed, false)
-            found = _run(methods, [masks], candidates_V, None, f"{name} {share:g}:")
+            if (visible, false) == (options.visible, 0.0):
+                found = [one.first_seed() for one in outcomes]
+            else:
+                masks, _ = mask_sets(sets, candidates_V, visible, options.seed, false)
+                found = _run(methods, [masks], candidates_V, None, f"{name} {share:g}:")
             curves.setdefault(name, []).append((share, found))
     jaccard = None
     if corpus is not None:
