@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tcc_jax import eval as command
-from tcc_jax.completion.metrics import METRICS
+from tcc_jax.completion.metrics import METRICS, run_method
+from tcc_jax.corpus.store import open_corpus
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import STEP, make_corpus, make_run, write_hgnc
 
 
@@ -77,6 +79,12 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     assert [len(line) - 2 for line in lines] == [int(row["hidden"]) for row in rows[:27]]
     assert [row["baseline"] for row in report["comparisons"]] == ["popularity", "random", "set-kNN", "relevance"]
     assert report["leaks"]["sets"] == 27 and "nats_per_hidden_gene" in methods["model"]["metrics"]
+    corpus = open_corpus(folder / "corpus")
+    counts = corpus.vocabulary.counts
+    tested = sorted(counts[sorted({id_ for index in corpus.indices("test") for id_ in corpus.genes(index)})])
+    held = tested[len(tested) // 3 - 1]
+    share = f"{np.mean(counts[NUM_SPECIAL:] <= held):.0%}"
+    assert f"rare are genes held by at most {held} training sets ({share} of the vocabulary)" in report["notes"]
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
     shown = capsys.readouterr().out
@@ -105,6 +113,20 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
         assert len({tuple(recalls[at : at + len(names)]) for at in range(0, len(recalls), len(names))}) == different
     shown = capsys.readouterr().out
     assert "the 40 most frequent of 60 genes" in shown and "configuration of GSFM" in shown and "tuned on" in shown
+
+
+def test_points_of_the_curves_that_are_the_evaluation_itself_are_not_run_again(folder, monkeypatch):
+    methods, real = [], run_method
+    monkeypatch.setattr("tcc_jax.completion.evaluate.run_method", lambda *a: methods.append(a[0]) or real(*a))
+    run(monkeypatch, "--checkpoint", folder / "run", "--seeds", 2, "--sweep", "--noise", "--out", folder / "curves")
+    # The evaluation, four more shares and two more of noise.
+    assert methods.count("model") == 1 + 4 + 2
+    report, rows = json.loads((folder / "curves/report.json").read_text()), read_table(folder / "curves/per_set.tsv")
+    first = [row for row in rows if row["seed"] == "0"]
+    for row in (report["curves"]["noise"][0], report["curves"]["sweep"][2 * 5]):
+        assert row["method"] == "model"
+        np.testing.assert_allclose(row["recall"], np.mean([float(one["recall"]) for one in first]), rtol=1e-6)
+        assert row["significant"] == sum(one["significant"] == "yes" for one in first)
 
 
 def test_another_seed_fits_nothing_again(folder, monkeypatch):

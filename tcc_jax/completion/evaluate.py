@@ -95,8 +95,11 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     for name, shares in (("sweep", _SWEEP), ("noise", _NOISE)):
         for share in shares if getattr(options, name) else ():
             visible, false = (share, 0.0) if name == "sweep" else (options.visible, share)
-            masks, _ = mask_sets(sets, candidates_V, visible, options.seed, false)
-            found = _run(methods, [masks], candidates_V, None, f"{name} {share:g}:")
+            if (visible, false) == (options.visible, 0.0):
+                found = [one.first_seed() for one in outcomes]
+            else:
+                masks, _ = mask_sets(sets, candidates_V, visible, options.seed, false)
+                found = _run(methods, [masks], candidates_V, None, f"{name} {share:g}:")
             curves.setdefault(name, []).append((share, found))
     jaccard = None
     if index is not None:
@@ -104,6 +107,9 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
             jaccard = index.best_jaccard([sets[one.place].ids for one in trials[0]], advance)
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
     notes = [*methods.notes, *recorded, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
+    if rare_V.any():
+        held, share = vocabulary.counts[rare_V].max(), rare_V.sum() / genes_of(vocabulary.size).sum()
+        notes.append(f"rare are genes held by at most {held:,} training sets ({share:.0%} of the vocabulary)")
     if corpus is None:
         notes.append(f"{', '.join(methods.left_out)} and the leak report are left out: {missing}")
     checkpoint = model.checkpoint

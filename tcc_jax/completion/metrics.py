@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +75,11 @@ class Outcome:
     log_adjusted_p: np.ndarray
     drawn: list[np.ndarray]
     calibration: Calibration | None = None
+
+    def first_seed(self) -> Outcome:
+        """Return what was found with the first seed alone."""
+        metrics = {name: values_SN[:1] for name, values_SN in self.metrics.items()}
+        return replace(self, metrics=metrics, log_p=self.log_p[:1], log_adjusted_p=self.log_adjusted_p[:1])
 
     def significant(self, alpha: float) -> np.ndarray:
         """Return [S, N] bool: adjusted p at most `alpha`."""

@@ -5,6 +5,7 @@ The default protocol hides a random 80 %; the protocol of the TCC experiment hid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def mask_sets(
         candidates_V: [V] bool, the ids that may be shown and drawn: `genes_of` a vocabulary, or a background.
         visible_share: share of a set that stays visible.
         seed: chooses what is visible, and the false genes.
-        false_share: share of the prompt that is made of candidates that are not in the set, beside the visible ones.
+        false_share: share of the prompts, over all sets, that is made of candidates that are not in the set, beside the
+            visible ones.
 
     Returns:
         The masked sets in order, and the sets that can't be evaluated, each with the reason.
@@ -100,8 +102,9 @@ def mask_sets(
         visible, hidden = order[:cut], order[cut:]
         if false_share:
             others = np.setdiff1d(candidates, ids)
-            number = min(round(false_share / (1 - false_share) * cut), len(others))
             random = np.random.default_rng([seed, place, _FALSE_GENES])
+            # Rounded up with the probability of the fraction: of one or two visible genes 20 % would never be one.
+            number = min(math.floor(false_share / (1 - false_share) * cut + random.random()), len(others))
             # Mixed in, not appended: a model that looks at the order must not tell them by their place.
             false = random.choice(others, number, replace=False)
             visible = random.permutation(np.concatenate([visible, false])).astype(np.int32)

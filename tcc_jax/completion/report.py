@@ -241,7 +241,7 @@ class Report:
         rare = self.methods[0]["metrics"]["rare_recall"]["sets"]
         left_out = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         meaning = [
-            f"rare recall: over the {rare:,} sets that hide one of the rarest genes, these ranked alone",
+            f"rare recall: over the {rare:,} sets that hide a rare gene, these ranked alone",
             "recall at the drawn count; AUROC over the vocabulary, equal scores by popularity",
             "significant: Benjamini-Hochberg over the sets of a seed, mean and range over the seeds",
         ]

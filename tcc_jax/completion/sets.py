@@ -126,7 +126,7 @@ def read_stream(stream: Iterator[bytes], finder: GeneFinder, problems: Problems)
     else:
         raise UserError("standard input is empty; give GMT lines, or one gene a line")
     lines = itertools.chain(head, stream)
-    if b"\t" not in line.strip():
+    if b"\t" not in line:
         text = b"".join(lines).decode("utf-8-sig", errors="replace")
         yield finder.known_set("standard input", "", split_symbols(text))
         return

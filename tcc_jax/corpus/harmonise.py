@@ -97,7 +97,8 @@ def map_sets(raw: RawSets, table: SymbolTable, min_mapped: float) -> MappedSets:
     mapped = gene_of[raw.sets.tokens]
     known = mapped >= 0
     mapped_counts = raw.sets.sum(known)
-    kept = (mapped_counts >= min_mapped * raw.sets.lengths) & (mapped_counts > 0)
+    # A quotient is rounded as its limit was, so that 14 of 25 reach 0.56; the product 0.56 * 25 exceeds 14.
+    kept = (mapped_counts / raw.sets.lengths >= min_mapped) & (mapped_counts > 0)
     sets = _unique_within(Sets(mapped, raw.sets.offsets).keep_mentions(known).select(kept))
     return MappedSets(
         sets=sets,

@@ -81,6 +81,16 @@ def test_false_genes_make_up_their_share_of_the_prompt(share, false):
     assert one.universe == 1500 - len(one.visible)
 
 
+@pytest.mark.parametrize("length", [5, 8, 13])
+def test_false_genes_make_up_their_share_of_many_short_prompts(length):
+    # One, two and three visible genes, beside which 0.25, 0.5 and 0.75 of a gene are to be false.
+    sets = [known_set(length)] * 2000
+    true, mixed = (mask_sets(sets, GENES, false_share=share)[0] for share in (0.0, 0.2))
+    visible, shown = (sum(len(one.visible) for one in masked) for masked in (true, mixed))
+    assert (shown - visible) / shown == pytest.approx(0.2, abs=0.015)
+    assert {len(one.visible) for one in mixed} == {len(true[0].visible), len(true[0].visible) + 1}
+
+
 def test_the_last_genes_of_a_line_are_hidden():
     sets = [set_on_a_line("a", 20, OUTSIDE, 21, 22, 23, OUTSIDE, 20, 24)]
     counts = [DrawnCounts(hits=2, hidden=5, drawn=9, universe=44_902, line=2)]

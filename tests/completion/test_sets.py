@@ -75,3 +75,9 @@ def test_standard_input_is_read_as_it_comes(corpus, table):
     first = next(sets)
     assert [one.name for one in (first, *sets)] == ["one", "two"]
     assert problems.examples == {"lines with fewer than three columns": ["standard input:3"]}
+
+
+def test_gmt_on_standard_input_may_begin_with_a_set_without_genes(corpus, table):
+    problems = Problems()
+    sets = read_stream(iter([b" \n", b"empty\t\t\n", b"one\t\tG1\n"]), GeneFinder(table, corpus.vocabulary), problems)
+    assert [one.name for one in sets] == ["one"] and problems.counts == {"sets without genes": 1}

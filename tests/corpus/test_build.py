@@ -49,6 +49,11 @@ def test_sets_under_the_mapped_share_are_dropped(tmp_path):
     assert corpus.meta["harmonisation"]["not_mapped"][0] == {"symbol": "NOTAGENE", "mentions": 2}
 
 
+def test_a_set_exactly_at_the_mapped_share_stays(tmp_path):
+    sets = [("at", [*approved_symbols()[:14], *(f"NOTAGENE{i}" for i in range(11))])]
+    assert build(tmp_path, sets, **{**OPEN, "min_mapped": 0.56}).names == ["at"]
+
+
 def test_rare_genes_then_collapse_then_short_sets(tmp_path):
     genes = approved_symbols()[:40]
     common = genes[:6]
