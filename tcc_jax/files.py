@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from tcc_jax.storage import as_path, is_remote
-from tcc_jax.terminal import UserError
+from tcc_jax.terminal import UserError, undo_if_stopped
 
 # What a folder must hold to be replaced: --overwrite is for results, never for somebody's data.
 _REPLACEABLE = ("corpus.json", "report.json", "model.safetensors")
@@ -80,19 +80,24 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     # Both known before anything is made, so that a signal at any moment finds all there is to remove.
     missing = [parent for parent in path.parents if not parent.exists()]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-        except OSError as error:
-            raise UserError(f"{path}: cannot write here: {error.strerror}") from None
-        yield temporary
-        _move_into_place(temporary, path)
-    except BaseException as error:
+
+    def undo() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    try:
+        with undo_if_stopped(undo):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir()
+            except OSError as error:
+                raise UserError(f"{path}: cannot write here: {error.strerror}") from None
+            yield temporary
+            _move_into_place(temporary, path)
+    except BaseException as error:
+        undo()
         if isinstance(error, OSError) and error.filename is None:
             # A full disk is reported without a name; say which output it was.
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
@@ -113,12 +118,17 @@ def _move_into_place(new: Path, path: Path) -> None:
         return
     # rename() cannot replace a folder that is not empty: the old one steps aside, and back if anything goes wrong.
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    try:
-        os.rename(path, aside / path.name)
-        os.rename(new, path)
-    except BaseException:
+
+    def undo() -> None:
         if not path.exists():
             os.rename(aside / path.name, path)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
+        shutil.rmtree(aside)
+
+    with undo_if_stopped(undo):
+        try:
+            os.rename(path, aside / path.name)
+            os.rename(new, path)
+        except BaseException:
+            undo()
+            raise
+        shutil.rmtree(aside)

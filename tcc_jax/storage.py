@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tcc_jax.terminal import UserError
+from tcc_jax.terminal import UserError, undo_if_stopped
 
 _CHUNK = 16 * 2**20
 
@@ -160,6 +160,14 @@ def write_object(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder in $TMPDIR that is gone after the block, or when a signal ends the command."""
+    temporary = tempfile.TemporaryDirectory(prefix="tcc_jax-")
+    with temporary as folder, undo_if_stopped(temporary.cleanup):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Write a file of this machine so that it appears whole or not at all.
 
@@ -179,24 +187,29 @@ def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     # /dev/stdout and the like resolve to no path of theirs: these are asked for, and written, as they are named.
     in_place = path.exists() and not path.is_file()
     temporary = path if in_place else target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+    def undo() -> None:
+        if not in_place:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
     try:
-        yield temporary
-        if in_place:
-            return
-        if durable:
-            put_on_disk(temporary)
-        os.replace(temporary, target)
-        if durable:
-            put_on_disk(target.parent)
+        with undo_if_stopped(undo):
+            yield temporary
+            if in_place:
+                return
+            if durable:
+                put_on_disk(temporary)
+            os.replace(temporary, target)
+            if durable:
+                put_on_disk(target.parent)
     except OSError as error:
         # A full disk is reported without a name; an error without a number has words of its own.
         if error.errno and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        if not in_place:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        undo()
 
 
 def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -242,13 +255,13 @@ def on_this_machine(folder: Path, *names: str) -> Iterator[Path]:
     if not is_remote(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="tcc_jax-") as temporary:
+    with temporary_folder() as temporary:
         for name in names:
             try:
-                copy_file(folder / name, Path(temporary, name))
+                copy_file(folder / name, temporary / name)
             except FileNotFoundError:
                 raise UserError(f"{folder / name}: no such file") from None
-        yield Path(temporary)
+        yield temporary
 
 
 def _key(path: Path) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_undo: dict[object, Callable[[], None]] = {}
 # Between two lines of progress in a log.
 _LINE_SECONDS = 10.0
 
@@ -33,15 +35,16 @@ class UserError(Exception):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a command's `main`: a user's mistake prints one line on standard error and exits with 2, no traceback.
 
-    SIGTERM and SIGHUP, as SIGINT does, unwind the command, so that nothing half-written stays behind. A standard stream
-    that is closed is an empty one.
+    SIGINT, SIGTERM and SIGHUP end the process at once with 128 and their number, and `undo_if_stopped` sees to it that
+    nothing half-written stays behind. A standard stream that is closed is an empty one.
     """
 
     @functools.wraps(main)
     def run() -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored: leave it so
-                signal.signal(number, _leave)
+        # nohup has SIGHUP ignored: leave it so.
+        taken = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number in [number for number, before in taken.items() if before != signal.SIG_IGN]:
+            signal.signal(number, _leave)
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -59,11 +62,26 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             # Unwritable, full or missing places: the system's own words, with the file they are about.
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}")
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+        finally:
+            for number, before in taken.items():
+                signal.signal(number, before)
 
     return run
+
+
+@contextlib.contextmanager
+def undo_if_stopped(undo: Callable[[], None]) -> Iterator[None]:
+    """Have `undo` called where a signal ends the command inside the block; nothing else of the block runs then.
+
+    Args:
+        undo: removes what must not stay behind. It may be called at any moment inside the block.
+    """
+    key = object()
+    _undo[key] = undo
+    try:
+        yield
+    finally:
+        del _undo[key]
 
 
 def _flush() -> None:
@@ -76,7 +94,19 @@ def _flush() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+    # Nothing is raised: Python code that C++ calls, such as JAX's hook in the garbage collector, would swallow it and
+    # the work go on, or the interpreter be taken down beside threads of XLA that still compute.
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    for undo in reversed(list(_undo.values())):
+        with contextlib.suppress(Exception):
+            undo()
+    # The signal may have come in the middle of a print.
+    with contextlib.suppress(Exception):
+        log("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def _fail(message: str) -> None:
@@ -193,7 +223,9 @@ def progress(label: str, total: int | None = None, done: int = 0) -> Iterator[Ad
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        # It hides the cursor while it is shown.
+        bar = Progress(console=Console(stderr=True), transient=True)
+        with undo_if_stopped(bar.stop), bar:
             task = bar.add_task(label, total=total, completed=done)
             yield lambda count, status="": bar.update(task, advance=count, description=f"{label} {status}".rstrip())
         return

@@ -1,12 +1,16 @@
 """What the commands share."""
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from tcc_jax import terminal
 from tcc_jax.completion.options import CompleteOptions
 from tcc_jax.terminal import UserError, log, parse_arguments
 
@@ -32,6 +36,49 @@ def outcome(main, redirection="", stdout=subprocess.PIPE):
     shell = ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code]
     shown = subprocess.run(shell, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
     return shown.returncode, shown.stderr
+
+
+# As Python code that C++ calls: what it raises is printed and dropped.
+SWALLOWED = """
+import gc, os, signal, sys, time
+from pathlib import Path
+from tcc_jax.files import atomic_folder
+from tcc_jax.storage import atomic_file, temporary_folder
+from tcc_jax.terminal import command, progress
+
+def callback(phase, details):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+@command
+def main():
+    os.environ["TMPDIR"] = os.getcwd()
+    with atomic_folder("new/out") as folder, atomic_file("file") as file, temporary_folder(), progress("work"):
+        (folder / "part").write_text("")
+        file.write_text("")
+        assert len(os.listdir()) == 3
+        print("begun")
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(1)
+    print("ended")
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("SIGINT", "interrupted"), ("SIGTERM", "stopped by SIGTERM"), ("SIGHUP", "stopped by SIGHUP")],
+)
+def test_a_signal_at_any_moment_ends_the_command_and_leaves_nothing(tmp_path, name, words):
+    command = [sys.executable, "-c", SWALLOWED, name]
+    # Where tests run under nohup, SIGHUP is ignored.
+    default = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(terminal.__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, preexec_fn=default
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, name), "begun\n", words + "\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("main", ["print('result')", "print('result'); raise SystemExit(0)", "print('x' * 100_000)"])

@@ -7,7 +7,6 @@ number, or the median, min, max and windows of one, or None where the device doe
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from tcc_jax.config import Config, MeshConfig
 from tcc_jax.corpus.loader import Batch, BatchSource
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import count_parameters
+from tcc_jax.storage import temporary_folder
 from tcc_jax.terminal import UserError
 from tcc_jax.training.checkpoint import LoadedCheckpoint, describe, restore_state
 from tcc_jax.training.flops import flops_per_token, peak_flops
@@ -167,8 +167,7 @@ def measure_checkpoint(config: Config, corpus: Corpus, windows: int) -> _Results
     state = _filled(create_state(config, corpus.vocabulary.size, None, mesh))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     pauses, saves = [], []
-    with tempfile.TemporaryDirectory(prefix="tcc_jax-bench-") as folder:
-        run = Path(folder)
+    with temporary_folder() as run:
         with CheckpointWriter(run, keep=1) as writer:
             for step in range(1, windows + 2):
                 began = time.perf_counter()
@@ -177,7 +176,7 @@ def measure_checkpoint(config: Config, corpus: Corpus, windows: int) -> _Results
                 saves.append(time.perf_counter() - began)
                 pauses.append(writer.pause_seconds)
                 if writer.failure:
-                    raise UserError(f"{folder}: {writer.failure}")
+                    raise UserError(f"{run}: {writer.failure}")
         written = sum(path.stat().st_size for path in step_folder(run, step).rglob("*") if path.is_file())
         restores = []
         for _ in range(windows):
