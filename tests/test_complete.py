@@ -59,6 +59,12 @@ def test_what_was_done_with_each_symbol(folder, monkeypatch, capsys):
     assert len(shown.out.splitlines()) == 21
 
 
+def test_symbols_of_another_case(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, "g5", "old1", "--case-insensitive")
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == ["g5 is G5 (case)", "old1 is G1 (case)"] and len(shown.out.splitlines()) == 21
+
+
 def test_no_known_gene(folder, monkeypatch, capsys):
     error = fails(monkeypatch, capsys, folder, "G99", "g5")
     assert "G99 is approved but" in error and "g5 is not in the vocabulary; the nearest: G5" in error

@@ -243,6 +243,16 @@ def test_a_background_file(folder, monkeypatch):
     assert all(int(gene[1:]) < 30 for genes in drawn for gene in genes)
 
 
+def test_symbols_of_another_case(folder, monkeypatch, capsys):
+    (folder / "mouse.gmt").write_text("m\t\t" + "\t".join(f"g{index}" for index in range(20)) + "\n")
+    arguments = ("--checkpoint", folder / "run", "--hgnc", folder / "hgnc.tsv", "--gmt", folder / "mouse.gmt",
+                 "--seeds", 1, "--out", folder / "mouse")  # fmt: skip
+    assert "no set has two genes in the model's vocabulary" in fails(monkeypatch, capsys, *arguments)
+    run(monkeypatch, *arguments, "--case-insensitive")
+    report = json.loads((folder / "mouse/report.json").read_text())
+    assert report["source"]["symbols"]["mentions"] == {"case": 20} and report["sets_evaluated"] == 1
+
+
 def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsys):
     genes = [f"G{index}" for index in range(20)]
     lines = [
@@ -362,6 +372,7 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         ),
         (["--gmt", "x.gmt", "--split", "train"], "--split goes with the sets of a corpus; leave out --gmt"),
         (["--library-from", "description"], "--library-from goes with --gmt"),
+        (["--case-insensitive"], "--case-insensitive goes with --gmt or --background"),
         (["--drawn", "hidden"], "--drawn goes with --protocol tcc"),
         (["--ease-genes", "40"], "--ease-genes goes with --baselines all"),
     ],

@@ -89,7 +89,8 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.stop_at_end, options.seed)
     model = load(options.checkpoint)
     model.seed = options.seed
-    finder, problems = GeneFinder(SymbolTable.read(options.hgnc), model.vocabulary), Problems()
+    symbols = SymbolTable.read(options.hgnc, options.case_insensitive)
+    finder, problems = GeneFinder(symbols, model.vocabulary), Problems()
     candidates_V = None if options.background is None else read_background(options.background, finder)
     evidence, scorer = None, model.scorer(options.permutations)
     if options.why or options.mixture:

@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     model = load(options.checkpoint)
     model.seed = options.seed
     vocabulary = model.vocabulary
-    finder = GeneFinder(SymbolTable.read(options.hgnc), vocabulary)
+    finder = GeneFinder(SymbolTable.read(options.hgnc, options.case_insensitive), vocabulary)
     corpus, missing = model.corpus(options.corpus, required=options.corpus is not None or not options.gmt)
     sets, source, problems = _read(options, finder, corpus)
     candidates_V = genes_of(vocabulary.size)

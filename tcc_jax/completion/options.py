@@ -33,6 +33,9 @@ class EvaluateOptions:
     """Evaluate at most that many sets, chosen by the seed."""
     hgnc: str | None = None
     """HGNC table that maps the symbols of GMT files; the embedded one unless set."""
+    case_insensitive: bool = False
+    """Also match symbols of GMT files and the background that differ by case, such as the mouse's Trp53, as prepare
+    does with this option."""
     library_from: Literal["file", "description"] = "file"
     """A GMT set's library: the name of its file, or the set's description."""
     protocol: Literal["default", "tcc"] = "default"
@@ -93,6 +96,8 @@ class EvaluateOptions:
             _refuse_ignored(self, "the sets of a corpus; leave out --gmt", "split")
         else:
             _refuse_ignored(self, "--gmt", "library_from")
+        if not self.gmt and self.background is None:
+            _refuse_ignored(self, "--gmt or --background", "case_insensitive")
         if self.baselines != "all":
             _refuse_ignored(self, "--baselines all", "ease_genes", "ease_penalty", "autoencoder_steps")
         if self.protocol == "default":
@@ -148,6 +153,8 @@ class CompleteOptions:
     """File to write, whole or not at all; standard output unless set."""
     hgnc: str | None = None
     """HGNC table that maps the symbols; the embedded one unless set."""
+    case_insensitive: bool = False
+    """Also match symbols that differ by case, such as the mouse's Trp53, as prepare does with this option."""
 
     def check(self) -> None:
         """Raise `UserError` naming the first value that can't be used, alone or beside the others."""
