@@ -143,9 +143,28 @@ def test_the_significance_plot_shows_adjusted_p_values(corpus):
     # The legend lies outside, over no curve.
     assert figure.legends and figure.axes[0].get_legend() is None
     lines = [line.get_ydata() for line in figure.axes[0].get_lines()]
-    # Two of each method, the model last: its significant sets, then the others.
+    # Two of each method, the model last: the sets that are not significant, then those that are.
     for outcome, place in zip(report.outcomes, range(2 * len(report.outcomes), 0, -2), strict=True):
         heights = -outcome.log_adjusted_p[0] / np.log(10)
         significant = (heights >= -np.log10(0.05)).sum()
-        assert len(lines[place - 2]) == significant and (significant or outcome.method != "model")
-        np.testing.assert_allclose(np.concatenate(lines[place - 2 : place]), np.sort(heights)[::-1], atol=1e-6)
+        pale, bold = lines[place - 2 : place]
+        assert len(bold) == significant and (significant or outcome.method != "model")
+        # The pale line begins where the other ends.
+        whole = np.concatenate([bold, pale[min(significant, 1) :]])
+        np.testing.assert_allclose(whole, np.sort(heights)[::-1], atol=1e-6)
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
+def test_no_mark_lies_on_the_frame_and_no_interval_on_another(corpus):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    report = make_report(corpus)
+    recall, one_group, curve = Figure(), Figure(), Figure()
+    plots._recall(report, recall)
+    rows = report.subsets["by_library"]
+    plots._groups(report, one_group, rows, [rows[0]["subset"]], "library")
+    assert recall.axes[0].get_ylim() == (len(report.outcomes) - 0.5, -0.5)
+    assert one_group.axes[0].get_ylim() == (0.5, -0.5)
+    plots._curve(report, curve, report.curve_rows["sweep"], "share")
+    places = [line.get_xdata()[0] for line in (bars.lines[0] for bars in curve.axes[0].containers)]
+    assert len(set(places)) == len(report.outcomes)
+    np.testing.assert_allclose(np.mean(places), 10)
