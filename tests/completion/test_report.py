@@ -9,6 +9,7 @@ import pytest
 from tcc_jax.completion import baselines, plots
 from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.metrics import run_method
+from tcc_jax.completion.options import EvaluateOptions
 from tcc_jax.completion.protocol import genes_of, mask_sets, rarest_third
 from tcc_jax.completion.report import FORMAT_VERSION, Report, write_report
 from tcc_jax.completion.sets import sets_from_corpus
@@ -40,9 +41,13 @@ def make_report(corpus, **changes):
         "left_out": {"EASE": f"no {NASTY}"},
         "curves": {"sweep": [(0.1, outcomes), (0.5, outcomes)], "noise": [(0.0, outcomes)]},
         "notes": [NASTY],
-        "details": {"skipped": [{"name": NASTY, "library": NASTY, "reason": NASTY}]},
+        "details": {
+            "options": dataclasses.asdict(EvaluateOptions(NASTY, "out", (NASTY, "b.gmt"), visible=0.3, knn=(7, 2.0))),
+            "checkpoint": {"path": NASTY, "step": 1234}, "corpus": None, "versions": {"tcc-jax": "9"},
+            "sets_evaluated": 5, "sets_read": 6, "skipped": [{"name": NASTY, "library": NASTY, "reason": NASTY}],
+        },
         **changes,
-    }
+    }  # fmt: skip
     return Report(outcomes, trials, 0.05, 0, **fields)
 
 
@@ -105,6 +110,12 @@ def test_files(corpus, tmp_path):
     page = Tags()
     page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and NASTY in page.text and f"no {NASTY}" in page.text
+    for words in (
+        f"{NASTY}, step 1,234",
+        f"5 of 6 from {NASTY} b.gmt",
+        ": --visible 0.3 --knn 7 2.0version: tcc_jax 9",
+    ):
+        assert words in page.text
     # Nothing is loaded from elsewhere: the plots are inside.
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     pytest.importorskip("matplotlib")
