@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from tcc_jax.terminal import log, one_line
 
 if TYPE_CHECKING:
     from tcc_jax.completion.report import Report
@@ -39,8 +41,18 @@ class Plot(NamedTuple):
 
 
 def can_plot() -> bool:
-    """Say whether matplotlib (the `plots` extra) is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    """Say whether matplotlib (the `plots` extra) can be imported; where it can't, why is logged."""
+    try:
+        # All that drawing needs, compiled parts included.
+        for name in ("figure", "ticker", "backends.backend_agg", "backends.backend_svg"):
+            importlib.import_module(f"matplotlib.{name}")
+    except Exception as error:  # One that was built for another NumPy raises more than ImportError.
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            log('no plots: matplotlib is not installed (pip install "tcc-jax[plots]")')
+        else:
+            log(f"no plots: matplotlib cannot be imported ({type(error).__name__}: {one_line(str(error))})")
+        return False
+    return True
 
 
 def draw_plots(report: Report, folder: Path) -> list[Plot]:

@@ -15,12 +15,12 @@ import numpy as np
 
 from tcc_jax.completion.metrics import Outcome, bootstrap, compare, mean
 from tcc_jax.completion.page import write_page
-from tcc_jax.completion.plots import can_plot, draw_plots
+from tcc_jax.completion.plots import draw_plots
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.gmt import GeneSet, write_gmt
 from tcc_jax.corpus.similarity import LEAK_LEVELS, leak_counts
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.terminal import log, one_line, table
+from tcc_jax.terminal import one_line, table
 
 FORMAT_VERSION = 3
 FAR = 0.1
@@ -278,14 +278,15 @@ class Report:
         return Table(title, header, list(shown.values()), "recall (sets significant), first seed")
 
 
-def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str) -> None:
-    """Write report.json, per_set.tsv, completions.gmt, report.html and, with matplotlib, the plots.
+def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str, with_plots: bool) -> None:
+    """Write report.json, per_set.tsv, completions.gmt, report.html and the plots.
 
     Args:
         folder: an existing folder.
         report: what to write.
         vocabulary: names the drawn genes.
         completed_by: description of every set in completions.gmt.
+        with_plots: draw the plots, which needs matplotlib (`plots.can_plot`).
     """
     (folder / "report.json").write_text(
         json.dumps(report.body(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
@@ -301,10 +302,7 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
                 if len(ids)
             ),
         )
-    plots = draw_plots(report, folder) if can_plot() else []
-    if not can_plot():
-        log('no plots: matplotlib is not installed (pip install "tcc-jax[plots]")')
-    write_page(folder / "report.html", report, plots)
+    write_page(folder / "report.html", report, draw_plots(report, folder) if with_plots else [])
 
 
 def _per_set(report: Report) -> list[list[str]]:

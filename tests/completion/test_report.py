@@ -95,7 +95,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_files(corpus, tmp_path):
     report = make_report(corpus)
-    write_report(tmp_path, report, corpus.vocabulary, "completed")
+    write_report(tmp_path, report, corpus.vocabulary, "completed", plots.can_plot())
     text = (tmp_path / "report.json").read_text()
     body = json.loads(text)
     assert body["format_version"] == FORMAT_VERSION == 3 and "NaN" not in text
@@ -127,7 +127,7 @@ def test_files(corpus, tmp_path):
 def test_the_same_report_gives_the_same_bytes(corpus, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_report(tmp_path / name, make_report(corpus, curves={}), corpus.vocabulary, "completed")
+        write_report(tmp_path / name, make_report(corpus, curves={}), corpus.vocabulary, "completed", plots.can_plot())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
