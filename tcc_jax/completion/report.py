@@ -231,7 +231,9 @@ class Report:
         left_out = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         meaning = [
             f"rare recall: over the {rare:,} sets that hide a rare gene, these ranked alone",
-            "recall at the drawn count; AUROC over the vocabulary, equal scores by popularity",
+            "recall at the drawn count; AP: average precision, the mean of the precision at each hidden gene's rank",
+            "AUROC over the vocabulary, equal scores by popularity; over popularity: AUROC less that of popularity",
+            "nats a gene: -ln of the probability that a model gives to a hidden gene, mean; lower is better",
             "significant: Benjamini-Hochberg over the sets of a seed, mean and range over the seeds",
         ]
         note = "\n".join([*left_out, *meaning])

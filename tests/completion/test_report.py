@@ -137,6 +137,8 @@ def test_without_the_corpus_or_curves(corpus):
     text = report.text()
     assert report.leaks is None and "leak report" not in text and "far_from_training" not in report.subsets
     assert "model" in text and "left out" not in text
+    # The columns whose names do not say it are explained.
+    assert all(f"{name}: " in text for name in ("AP", "over popularity", "nats a gene", "rare recall", "significant"))
 
 
 def test_a_method_looks_the_same_in_every_report_and_unlike_all_others():
