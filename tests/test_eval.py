@@ -1,4 +1,5 @@
 import csv
+import html
 import io
 import json
 import subprocess
@@ -85,6 +86,12 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     held = tested[len(tested) // 3 - 1]
     share = f"{np.mean(counts[NUM_SPECIAL:] <= held):.0%}"
     assert f"rare are genes held by at most {held} training sets ({share} of the vocabulary)" in report["notes"]
+    page = html.unescape((out / "report.html").read_text())
+    for words in (
+        f"checkpoint: {folder / 'run'}, step {STEP}<", f"sets: 27 of 27 from test split of {folder / 'corpus'}<",
+        "options: the defaults<", f"version: tcc_jax {report['versions']['tcc-jax']}<",
+    ):  # fmt: skip
+        assert f"<li>{words}" in page
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
     shown = capsys.readouterr().out
@@ -100,6 +107,8 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
     names = ["model", "popularity", "random", "set-kNN", "relevance", "EASE", "auto-encoder"]
     assert [row["method"] for row in report["methods"]] == names and report["left_out"] == {}
     assert report["sets_evaluated"] == 9
+    flags = "--limit 9 --baselines all --ease-genes 40 --autoencoder-steps 3 --sweep --noise --seeds 1"
+    assert f"<li>options: {flags}</li>" in (folder / "all/report.html").read_text()
     curves = report["curves"]
     assert [row["share"] for row in curves["sweep"]][:: len(names)] == [0.05, 0.1, 0.2, 0.5, 0.8]
     assert [row["share"] for row in curves["noise"]][:: len(names)] == [0, 0.2, 0.5]
@@ -323,12 +332,14 @@ def test_an_existing_folder_is_kept_unless_overwrite(folder, monkeypatch, capsys
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     assert "not a result of tcc_jax" in fails(monkeypatch, capsys, *arguments, "--overwrite")
     (out / "report.json").write_text("{}")
-    monkeypatch.setattr("tcc_jax.completion.report.can_plot", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(monkeypatch, *arguments, "--overwrite")
     assert sorted(file.name for file in out.iterdir()) == [
         "completions.gmt", "per_set.tsv", "report.html", "report.json",
     ]  # fmt: skip
-    assert "matplotlib is not installed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    # Before the evaluation, not after it; an installation that is broken is said to be.
+    assert error.startswith("no plots: matplotlib ") and ("matplotlib.figure" in error or "not installed" in error)
 
 
 def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import Model, load
 from tcc_jax.completion.options import EvaluateOptions
 from tcc_jax.completion.overlap import benjamini_hochberg, log_fisher_greater
+from tcc_jax.completion.plots import can_plot
 from tcc_jax.completion.protocol import (
     DrawnCounts,
     MaskedSet,
@@ -73,6 +74,8 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     Raises:
         UserError: an input that can't be used, no set that can be evaluated, or a method that does not fit in memory.
     """
+    # Said now, not after the hours of an evaluation.
+    with_plots = can_plot()
     model = load(options.checkpoint)
     model.seed = options.seed
     vocabulary = model.vocabulary
@@ -130,7 +133,7 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
         "skipped": [{"name": known.name, "library": known.library, "reason": reason} for known, reason in skipped],
     }
     report = Report(outcomes, trials, options.alpha, options.seed, jaccard, methods.left_out, curves, notes, details)
-    write_report(folder, report, vocabulary, f"completed by tcc_jax step {checkpoint.step}")
+    write_report(folder, report, vocabulary, f"completed by tcc_jax step {checkpoint.step}", with_plots)
     _list_skipped(skipped, problems)
     return report
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from tcc_jax.terminal import log, one_line
 
 if TYPE_CHECKING:
     from tcc_jax.completion.report import Report
@@ -39,8 +41,18 @@ class Plot(NamedTuple):
 
 
 def can_plot() -> bool:
-    """Say whether matplotlib (the `plots` extra) is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    """Say whether matplotlib (the `plots` extra) can be imported; where it can't, why is logged."""
+    try:
+        # All that drawing needs, compiled parts included.
+        for name in ("figure", "ticker", "backends.backend_agg", "backends.backend_svg"):
+            importlib.import_module(f"matplotlib.{name}")
+    except Exception as error:  # One that was built for another NumPy raises more than ImportError.
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            log('no plots: matplotlib is not installed (pip install "tcc-jax[plots]")')
+        else:
+            log(f"no plots: matplotlib cannot be imported ({type(error).__name__}: {one_line(str(error))})")
+        return False
+    return True
 
 
 def draw_plots(report: Report, folder: Path) -> list[Plot]:
@@ -81,6 +93,7 @@ def draw_plots(report: Report, folder: Path) -> list[Plot]:
 
 def _significance(report: Report, figure: Any) -> None:
     from matplotlib.colors import to_rgb
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
     ranks = np.arange(1, len(report.sets) + 1)
@@ -92,10 +105,13 @@ def _significance(report: Report, figure: Any) -> None:
         colour = np.array(to_rgb(name))
         style: dict[str, Any] = {"marker": mark, "markersize": 5, "linewidth": 1.2}
         # A mark for some sets only, on a line through all: methods that lie close stay apart.
-        style["markevery"] = max(1, len(ranks) // 25)
+        every = max(1, len(ranks) // 25)
         label = f"{outcome.method}: {count:,} of {len(ranks):,} significant"
-        axes.plot(ranks[:count], heights[:count], color=tuple(colour), label=label, **style)
-        axes.plot(ranks[count:], heights[count:], color=tuple(0.35 * colour + 0.65), **style)
+        pale = tuple(0.35 * colour + 0.65)
+        # The pale part begins, without a mark, at the last significant set and under it: the line is whole.
+        joint = max(count - 1, 0)
+        axes.plot(ranks[joint:], heights[joint:], color=pale, markevery=(min(count, 1), every), **style)
+        axes.plot(ranks[:count], heights[:count], color=tuple(colour), label=label, markevery=every, **style)
     threshold = -math.log10(report.alpha)
     axes.axhline(threshold, color="0.3", linewidth=1, linestyle="--")
     axes.annotate(
@@ -104,10 +120,15 @@ def _significance(report: Report, figure: Any) -> None:
     )  # fmt: skip
     # Linear up to 1 and logarithmic above: p = 1 has a place, and one set at 1e-200 does not flatten the rest.
     axes.set_yscale("symlog", linthresh=1)
-    top = max(axes.get_ylim()[1], 2 * threshold)
+    top = max(1.2 * axes.dataLim.ymax, 2 * threshold)
     axes.set_yticks([tick for tick in _TICKS if tick <= top], minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(-0.05, top)
+    # Ticks at whole sets from the first on, and room for the whole of the first and the last mark.
+    ticks = MaxNLocator(integer=True, steps=(1, 2, 5, 10)).tick_values(1, len(ranks))
+    axes.set_xticks(sorted({max(1, int(tick)) for tick in ticks if tick <= len(ranks)}))
+    margin = max(0.5, 0.015 * len(ranks))
+    axes.set_xlim(1 - margin, len(ranks) + margin)
     axes.set_xlabel("sets, most significant first (each method in its own order; first seed)")
     axes.set_ylabel("-log10 of the adjusted p-value")
     axes.set_title("Overlap of drawn and hidden genes; pale: not significant")
@@ -150,21 +171,25 @@ def _groups(report: Report, figure: Any, rows: list[dict[str, Any]], names: Sequ
 
 def _curve(report: Report, figure: Any, rows: Sequence[dict[str, Any]], label: str) -> None:
     axes = figure.add_subplot()
-    shares = [100 * share for share in dict.fromkeys(row["share"] for row in rows)]
-    for outcome in report.outcomes:
+    shares = np.array([100 * share for share in dict.fromkeys(row["share"] for row in rows)])
+    # The methods stand side by side around each share, lest the intervals hide one another.
+    count = len(report.outcomes)
+    apart = min(0.012 * np.ptp(shares), 0.7 * np.diff(shares).min(initial=np.inf) / count)
+    shifts = (np.arange(count) - (count - 1) / 2) * apart
+    for outcome, shift in zip(report.outcomes, shifts, strict=True):
         points = [row for row in rows if row["method"] == outcome.method]
         means, low, high = (np.array([row[key] for row in points]) for key in ("recall", "low", "high"))
         colour, mark = _STYLES.get(outcome.method, _OTHER_STYLE)
         axes.errorbar(
-            shares, means, (means - low, high - means), color=colour, marker=mark,
+            shares + shift, means, (means - low, high - means), color=colour, marker=mark,
             capsize=3, markersize=5, linewidth=1.2, label=outcome.method,
         )  # fmt: skip
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.015 * axes.get_ylim()[1])
     axes.set_xticks(shares)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{label} [%]")
     axes.set_ylabel("recall at the drawn count")
-    axes.set_title(f"Recall by {label} (mean over sets, 95 % interval; first seed)")
+    axes.set_title(f"Recall by {label}\n(mean over sets, 95 % interval; first seed)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
@@ -211,6 +236,7 @@ def _from_zero(axes: Any) -> None:
 
 def _rows_of(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    # The first on top; half a row beyond the ends, so that no mark lies on the frame.
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import html
 import itertools
 import json
 import math
@@ -16,27 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcc_jax.completion.metrics import Outcome, bootstrap, compare, mean
-from tcc_jax.completion.plots import Plot, can_plot, draw_plots
+from tcc_jax.completion.page import write_page
+from tcc_jax.completion.plots import draw_plots
 from tcc_jax.completion.protocol import MaskedSet
 from tcc_jax.corpus.gmt import GeneSet, write_gmt
 from tcc_jax.corpus.similarity import LEAK_LEVELS, leak_counts
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.terminal import cell, log, one_line, table
+from tcc_jax.terminal import one_line, table
 
 FORMAT_VERSION = 3
 FAR = 0.1
 _SIZES = (10, 20, 50, 100, 200)
 _LIBRARIES_SHOWN = 12
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 2rem 0; }
-img { max-width: 100%; }
-.note, figcaption { color: #555; white-space: pre-line; }
-"""
 
 
 class Table(NamedTuple):
@@ -242,7 +231,9 @@ class Report:
         left_out = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         meaning = [
             f"rare recall: over the {rare:,} sets that hide a rare gene, these ranked alone",
-            "recall at the drawn count; AUROC over the vocabulary, equal scores by popularity",
+            "recall at the drawn count; AP: average precision, the mean of the precision at each hidden gene's rank",
+            "AUROC over the vocabulary, equal scores by popularity; over popularity: AUROC less that of popularity",
+            "nats a gene: -ln of the probability that a model gives to a hidden gene, mean; lower is better",
             "significant: Benjamini-Hochberg over the sets of a seed, mean and range over the seeds",
         ]
         note = "\n".join([*left_out, *meaning])
@@ -289,14 +280,15 @@ class Report:
         return Table(title, header, list(shown.values()), "recall (sets significant), first seed")
 
 
-def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str) -> None:
-    """Write report.json, per_set.tsv, completions.gmt, report.html and, with matplotlib, the plots.
+def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str, with_plots: bool) -> None:
+    """Write report.json, per_set.tsv, completions.gmt, report.html and the plots.
 
     Args:
         folder: an existing folder.
         report: what to write.
         vocabulary: names the drawn genes.
         completed_by: description of every set in completions.gmt.
+        with_plots: draw the plots, which needs matplotlib (`plots.can_plot`).
     """
     (folder / "report.json").write_text(
         json.dumps(report.body(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
@@ -312,10 +304,7 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
                 if len(ids)
             ),
         )
-    plots = draw_plots(report, folder) if can_plot() else []
-    if not can_plot():
-        log('no plots: matplotlib is not installed (pip install "tcc-jax[plots]")')
-    _write_page(folder / "report.html", report, plots)
+    write_page(folder / "report.html", report, draw_plots(report, folder) if with_plots else [])
 
 
 def _per_set(report: Report) -> list[list[str]]:
@@ -374,41 +363,3 @@ def _short(value: float) -> str:
 
 def _identifier(method: str) -> str:
     return method.lower().replace("-", "_").replace(" ", "_")
-
-
-def _write_page(path: Path, report: Report, plots: Sequence[Plot]) -> None:
-    # Nothing beside it is needed, every name that comes from data is escaped, and no script runs.
-    title = "Completion of gene sets"
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
-        *(f"<p>{html.escape(note)}</p>" for note in report.notes),
-        *(_html_table(one) for one in report.tables()),
-        *(_figure(plot, path.parent) for plot in plots),
-        _skipped(report),
-        "</body></html>",
-    ]
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-    rows = ["".join(f"<td>{html.escape(cell(value))}</td>" for value in row) for row in table.rows]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    title = html.escape(table.title)
-    return f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
-
-
-def _figure(plot: Plot, folder: Path) -> str:
-    image = base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
-    caption = html.escape(plot.caption)
-    source = f"data:image/png;base64,{image}"
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _skipped(report: Report) -> str:
-    skipped = report.details.get("skipped", [])
-    items = [f"<li>{html.escape('{library}/{name}: {reason}'.format(**one))}</li>" for one in skipped]
-    return f"<h2>Sets that were skipped</h2><ul>{''.join(items)}</ul>" if items else ""

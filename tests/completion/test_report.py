@@ -9,6 +9,7 @@ import pytest
 from tcc_jax.completion import baselines, plots
 from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.metrics import run_method
+from tcc_jax.completion.options import EvaluateOptions
 from tcc_jax.completion.protocol import genes_of, mask_sets, rarest_third
 from tcc_jax.completion.report import FORMAT_VERSION, Report, write_report
 from tcc_jax.completion.sets import sets_from_corpus
@@ -40,9 +41,13 @@ def make_report(corpus, **changes):
         "left_out": {"EASE": f"no {NASTY}"},
         "curves": {"sweep": [(0.1, outcomes), (0.5, outcomes)], "noise": [(0.0, outcomes)]},
         "notes": [NASTY],
-        "details": {"skipped": [{"name": NASTY, "library": NASTY, "reason": NASTY}]},
+        "details": {
+            "options": dataclasses.asdict(EvaluateOptions(NASTY, "out", (NASTY, "b.gmt"), visible=0.3, knn=(7, 2.0))),
+            "checkpoint": {"path": NASTY, "step": 1234}, "corpus": None, "versions": {"tcc-jax": "9"},
+            "sets_evaluated": 5, "sets_read": 6, "skipped": [{"name": NASTY, "library": NASTY, "reason": NASTY}],
+        },
         **changes,
-    }
+    }  # fmt: skip
     return Report(outcomes, trials, 0.05, 0, **fields)
 
 
@@ -90,7 +95,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_files(corpus, tmp_path):
     report = make_report(corpus)
-    write_report(tmp_path, report, corpus.vocabulary, "completed")
+    write_report(tmp_path, report, corpus.vocabulary, "completed", plots.can_plot())
     text = (tmp_path / "report.json").read_text()
     body = json.loads(text)
     assert body["format_version"] == FORMAT_VERSION == 3 and "NaN" not in text
@@ -105,6 +110,12 @@ def test_files(corpus, tmp_path):
     page = Tags()
     page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and NASTY in page.text and f"no {NASTY}" in page.text
+    for words in (
+        f"{NASTY}, step 1,234",
+        f"5 of 6 from {NASTY} b.gmt",
+        ": --visible 0.3 --knn 7 2.0version: tcc_jax 9",
+    ):
+        assert words in page.text
     # Nothing is loaded from elsewhere: the plots are inside.
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     pytest.importorskip("matplotlib")
@@ -116,7 +127,7 @@ def test_files(corpus, tmp_path):
 def test_the_same_report_gives_the_same_bytes(corpus, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_report(tmp_path / name, make_report(corpus, curves={}), corpus.vocabulary, "completed")
+        write_report(tmp_path / name, make_report(corpus, curves={}), corpus.vocabulary, "completed", plots.can_plot())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -126,6 +137,8 @@ def test_without_the_corpus_or_curves(corpus):
     text = report.text()
     assert report.leaks is None and "leak report" not in text and "far_from_training" not in report.subsets
     assert "model" in text and "left out" not in text
+    # The columns whose names do not say it are explained.
+    assert all(f"{name}: " in text for name in ("AP", "over popularity", "nats a gene", "rare recall", "significant"))
 
 
 def test_a_method_looks_the_same_in_every_report_and_unlike_all_others():
@@ -143,9 +156,28 @@ def test_the_significance_plot_shows_adjusted_p_values(corpus):
     # The legend lies outside, over no curve.
     assert figure.legends and figure.axes[0].get_legend() is None
     lines = [line.get_ydata() for line in figure.axes[0].get_lines()]
-    # Two of each method, the model last: its significant sets, then the others.
+    # Two of each method, the model last: the sets that are not significant, then those that are.
     for outcome, place in zip(report.outcomes, range(2 * len(report.outcomes), 0, -2), strict=True):
         heights = -outcome.log_adjusted_p[0] / np.log(10)
         significant = (heights >= -np.log10(0.05)).sum()
-        assert len(lines[place - 2]) == significant and (significant or outcome.method != "model")
-        np.testing.assert_allclose(np.concatenate(lines[place - 2 : place]), np.sort(heights)[::-1], atol=1e-6)
+        pale, bold = lines[place - 2 : place]
+        assert len(bold) == significant and (significant or outcome.method != "model")
+        # The pale line begins where the other ends.
+        whole = np.concatenate([bold, pale[min(significant, 1) :]])
+        np.testing.assert_allclose(whole, np.sort(heights)[::-1], atol=1e-6)
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
+def test_no_mark_lies_on_the_frame_and_no_interval_on_another(corpus):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    report = make_report(corpus)
+    recall, one_group, curve = Figure(), Figure(), Figure()
+    plots._recall(report, recall)
+    rows = report.subsets["by_library"]
+    plots._groups(report, one_group, rows, [rows[0]["subset"]], "library")
+    assert recall.axes[0].get_ylim() == (len(report.outcomes) - 0.5, -0.5)
+    assert one_group.axes[0].get_ylim() == (0.5, -0.5)
+    plots._curve(report, curve, report.curve_rows["sweep"], "share")
+    places = [line.get_xdata()[0] for line in (bars.lines[0] for bars in curve.axes[0].containers)]
+    assert len(set(places)) == len(report.outcomes)
+    np.testing.assert_allclose(np.mean(places), 10)
