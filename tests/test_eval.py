@@ -311,7 +311,9 @@ def test_an_existing_folder_is_kept_unless_overwrite(folder, monkeypatch, capsys
     arguments = ("--checkpoint", folder / "run", "--out", out, "--split", "validation")
     assert "already exists" in fails(monkeypatch, capsys, *arguments)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
-    assert "not a result of tcc_jax" in fails(monkeypatch, capsys, *arguments, "--overwrite")
+    (out / "corpus.json").write_text("{}")
+    assert "holds no report.json, so not overwritten" in fails(monkeypatch, capsys, *arguments, "--overwrite")
+    (out / "corpus.json").unlink()
     (out / "report.json").write_text("{}")
     monkeypatch.setattr("tcc_jax.completion.report.can_plot", lambda: False)
     run(monkeypatch, *arguments, "--overwrite")

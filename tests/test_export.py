@@ -112,10 +112,11 @@ def test_a_damaged_export_is_named(run, tmp_path, monkeypatch, damage, words):
 
 def test_a_mistake_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("")
+    (tmp_path / "full" / "corpus.json").write_text("")
     for arguments, words in (
         (["--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out"], "nowhere: no such run directory"),
         (["--checkpoint", run, "--out", tmp_path / "full"], "already exists"),
+        (["--checkpoint", run, "--out", tmp_path / "full", "--overwrite"], "holds no model.safetensors"),
         (["--checkpoint", run, "--out", tmp_path / "out", "--dtype", "float64"], "--dtype"),
     ):
         with pytest.raises(SystemExit) as stop:

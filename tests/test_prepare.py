@@ -50,7 +50,11 @@ def test_existing_output_needs_overwrite(gmt, tmp_path):
 
 
 def test_overwrite_is_for_results_alone(gmt, tmp_path):
-    assert_one_line_error(prepare("--gmt", gmt, "--out", gmt.parent, "--overwrite"), "not a result of tcc_jax")
+    words = (gmt.parent, "not overwritten", "corpus.json")
+    # Neither somebody's data nor what another command wrote.
+    for name in ("mine.txt", "report.json", "model.safetensors"):
+        (gmt.parent / name).write_text("")
+        assert_one_line_error(prepare("--gmt", gmt, "--out", gmt.parent, "--overwrite"), *words)
     assert gmt.exists()
 
 

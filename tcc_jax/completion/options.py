@@ -11,6 +11,8 @@ from tcc_jax.files import check_output_file
 from tcc_jax.terminal import UserError
 
 Format = Literal["table", "tsv", "json", "gmt"]
+# Every folder that `eval` wrote holds it.
+REPORT_FILE = "report.json"
 # One program draws them all, and nothing stops it in between: minutes for so many.
 MOST_SAMPLED = 4096
 

@@ -60,7 +60,7 @@ def write_export(checkpoint: LoadedCheckpoint, out: Path, dtype: str = "float32"
         name = _name(path)
         array = array[:size] if name in _OVER_VOCABULARY else array
         arrays[name] = np.asarray(array.astype(jnp.dtype(dtype)))
-    with atomic_folder(out, replace=overwrite) as folder:
+    with atomic_folder(out, marker=ARRAYS_FILE, replace=overwrite) as folder:
         (folder / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays, metadata={"format": "np"}))
         checkpoint.vocabulary.write(folder / VOCABULARY_FILE)
         meta = {name: value for name, value in checkpoint.meta.items() if name not in ("files", "record_sha256")}
