@@ -89,6 +89,10 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--background", "nowhere.txt"], "nowhere.txt"),
         (["G1", "--why", "--corpus", "nowhere"], "the corpus nowhere is not there; name it with --corpus"),
         (["G1", "--out", "nowhere/x.tsv"], "nowhere"),
+        (["G1", "--out", "x.tsv.gz"], "--out x.tsv.gz: nothing is compressed"),
+        (["G1", "--out", "x.XZ"], "--out x.XZ: nothing is compressed"),
+        (["G1", "--why", "--format", "gmt"], "--why: GMT has no place for it"),
+        (["G1", "--why", "--out", "x.gmt"], "--why: GMT has no place for it"),
         ([f"G{index}" for index in range(60)], "no gene is left to propose"),
     ],
 )
@@ -169,6 +173,18 @@ def test_without_a_completed_set_nothing_is_printed(folder, monkeypatch, capsys,
 def test_a_failed_output_leaves_nothing_behind(folder, monkeypatch, capsys, tmp_path):
     fails(monkeypatch, capsys, folder, "XX", "--out", str(tmp_path / "x.tsv"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_is_not_replaced(folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "in.gmt").write_text(GMT)
+    (tmp_path / "link").symlink_to("in.gmt")
+    for given, out in (("in.gmt", "in.gmt"), ("in.gmt", "link"), ("", "in.gmt")):
+        error = fails(monkeypatch, capsys, folder, "--gmt", str(tmp_path / given), "--out", str(tmp_path / out))
+        assert f"{out}: is an input" in error and (tmp_path / "in.gmt").read_text() == GMT
+    error = fails(
+        monkeypatch, capsys, folder, "G1", "--background", str(tmp_path / "link"), "--out", str(tmp_path / "in.gmt")
+    )
+    assert "is an input" in error
 
 
 def test_standard_input(folder, monkeypatch, capsys):
