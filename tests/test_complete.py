@@ -64,6 +64,16 @@ def test_no_known_gene(folder, monkeypatch, capsys):
     assert "G99 is approved but" in error and "g5 is not in the vocabulary; the nearest: G5" in error
 
 
+def test_of_many_unknown_genes_twenty_are_named(folder, monkeypatch, capsys):
+    unknown = [f"XX{index}" for index in range(200)]
+    run(monkeypatch, folder, "G1", *unknown)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[0].startswith("XX0 is not in the vocabulary")
+    assert lines[-1] == "and 180 more symbols; --format json lists them with each set"
+    error = fails(monkeypatch, capsys, folder, *unknown)
+    assert error.count("not in the vocabulary") == 20 and error.endswith("; and 180 more symbols")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
