@@ -98,6 +98,14 @@ def atomic_folder(path: str | Path, *, marker: str = "", replace: bool = False) 
         raise
 
 
+def check_input_file(path: str | Path, flag: str = "") -> None:
+    """Raise `UserError` where there is no file to read: before the work, not after it."""
+    if not Path(path).exists():
+        raise UserError(f"{flag} {path}: no such file".strip())
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file".strip())
+
+
 def check_output_file(path: str | Path) -> None:
     """Raise `UserError` where no file can come to be: before the work, not after it."""
     if Path(path).is_dir():

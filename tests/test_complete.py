@@ -97,7 +97,7 @@ def test_of_many_unknown_genes_twenty_are_named(folder, monkeypatch, capsys):
         (["G1", "--gmt", "a.gmt"], "choose one"),
         (["--gmt", "nowhere.gmt"], "nowhere.gmt"),
         (["G1", "--background", "nowhere.txt"], "nowhere.txt"),
-        (["G1", "--why", "--corpus", "nowhere"], "the corpus nowhere is not there; name it with --corpus"),
+        (["G1", "--why", "--corpus", "nowhere"], "error: the corpus nowhere is not there"),
         (["G1", "--out", "nowhere/x.tsv"], "nowhere"),
         (["G1", "--out", "x.tsv.gz"], "--out x.tsv.gz: nothing is compressed"),
         (["G1", "--out", "x.XZ"], "--out x.XZ: nothing is compressed"),
@@ -281,7 +281,8 @@ def test_why_says_when_the_corpus_is_missing(folder, monkeypatch, capsys):
     try:
         run(monkeypatch, folder, "G3", "--why")
         shown = capsys.readouterr()
-        assert "--why is left out: the corpus" in shown.err and len(shown.out.splitlines()) == 21
+        missing = f"the corpus {folder / 'corpus'} is not there; name it with --corpus"
+        assert f"--why is left out: {missing}" in shown.err and len(shown.out.splitlines()) == 21
         run(monkeypatch, folder, "G3", "--why", "--corpus", str(folder / "elsewhere"))
         assert "Jaccard" in capsys.readouterr().out
     finally:

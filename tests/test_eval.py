@@ -339,7 +339,7 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--visible", "1"], "--visible 1.0: must be above 0 and under 1"),
         (["--alpha", "0"], "--alpha 0.0: must be above 0 and under 1"),
         (["--seed", "-1"], "--seed"),
-        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must lie between 0 and 4294967295"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must lie between 0 and 4,294,967,295"),
         (["--corpus", "missing"], "missing"),
         (["--visible", "many"], "visible"),
         (["--seeds", "0"], "--seeds 0"),
@@ -353,7 +353,8 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--knn", "5"], "--knn: no type matching {None}|{INT FLOAT} could be instantiated from ['5']; see python"),
         (["--knn", "0", "3"], "--knn"),
         (["--knn", "500", "0"], "--knn"),
-        (["--background", "missing.txt"], "missing.txt"),
+        (["--background", "missing.txt"], "--background missing.txt: no such file"),
+        (["--background", "."], "--background .: is a folder; name a file"),
         (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
         (["--protocol", "tcc"], "--drawn-counts"),
         *(
@@ -382,6 +383,18 @@ def test_a_gmt_without_a_usable_set(folder, monkeypatch, capsys, content):
     arguments = ("--gmt", folder / "bad.gmt", "--hgnc", folder / "hgnc.tsv", "--out", folder / "bad")
     assert "bad.gmt" in fails(monkeypatch, capsys, "--checkpoint", folder / "run", *arguments)
     assert not (folder / "bad").exists()
+
+
+def test_an_empty_split(folder, monkeypatch, capsys):
+    monkeypatch.setattr("tcc_jax.completion.evaluate.sets_from_corpus", lambda corpus, split: [])
+    error = fails(monkeypatch, capsys, "--checkpoint", folder / "run", "--out", folder / "new")
+    assert f"the test split of {folder / 'corpus'} is empty" in error
+
+
+def test_what_is_missing_is_found_before_the_model_is_opened(folder, monkeypatch, capsys):
+    for flag in ("--background", "--hgnc"):
+        error = fails(monkeypatch, capsys, "--checkpoint", folder / "nowhere", "--out", folder / "new", flag, "missing")
+        assert error == f"error: {flag} missing: no such file"
 
 
 def test_a_missing_checkpoint(folder, monkeypatch, capsys):

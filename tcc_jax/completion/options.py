@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from tcc_jax.corpus.gmt import find_gmt_files
-from tcc_jax.files import check_output_file
+from tcc_jax.files import check_input_file, check_output_file
 from tcc_jax.terminal import UserError
 
 Format = Literal["table", "tsv", "json", "gmt"]
@@ -104,10 +104,13 @@ class EvaluateOptions:
             _refuse_ignored(self, "--baselines all", "ease_genes", "ease_penalty", "autoencoder_steps")
         if self.protocol == "default":
             _refuse_ignored(self, "--protocol tcc", "drawn_counts", "drawn")
-            return
-        _refuse_ignored(self, "the default protocol", "sweep", "noise", "background", "limit", "visible", "seeds")
-        if self.drawn_counts is None or not self.gmt:
-            raise UserError("--protocol tcc needs --gmt with the sets and --drawn-counts with their recorded tables")
+        else:
+            _refuse_ignored(self, "the default protocol", "sweep", "noise", "background", "limit", "visible", "seeds")
+            if self.drawn_counts is None or not self.gmt:
+                raise UserError(
+                    "--protocol tcc needs --gmt with the sets and --drawn-counts with their recorded tables"
+                )
+        _check_inputs(self, "hgnc", "background", "drawn_counts")
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class CompleteOptions:
                 f"--number {self.number}: at most {MOST_SAMPLED:,} genes are drawn one by one; --decode rank gives more"
             )
         _check_seed(self.seed)
+        _check_inputs(self, "hgnc", "background")
         if self.why and (self.format or Path(self.out or "").suffix) in ("gmt", ".gmt"):
             raise UserError("--why: GMT has no place for it; choose --format json, tsv or table")
         if self.out is not None:
@@ -202,6 +206,12 @@ def _refuse_ignored(options: EvaluateOptions | CompleteOptions, goes_with: str, 
             raise UserError(f"--{name.replace('_', '-')} goes with {goes_with}")
 
 
+def _check_inputs(options: EvaluateOptions | CompleteOptions, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            check_input_file(getattr(options, name), f"--{name.replace('_', '-')}")
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1}")
+        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1:,}")
