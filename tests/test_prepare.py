@@ -122,6 +122,12 @@ def test_bad_hgnc_table(gmt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--gmt", "--holdout", "--hgnc", "--out"])
+def test_an_empty_path_is_not_the_current_folder(gmt, tmp_path, flag):
+    others = [word for pair in {"--gmt": gmt, "--out": tmp_path / "out"}.items() if pair[0] != flag for word in pair]
+    assert_one_line_error(prepare(flag, "", *others, cwd=tmp_path), "a path on the command line is empty")
+
+
 def test_wrong_flag_is_one_line(gmt, tmp_path):
     done = prepare("--gmt", gmt, "--out", tmp_path / "out", "--min-gene", 3)
     assert_one_line_error(done, "--min-gene")
