@@ -272,6 +272,9 @@ def from_dict(values: dict[str, Any], source: str = "config", *, check: bool = T
         section_type = typing.get_type_hints(Config)[section.name]
         sections[section.name] = _section(section_type, section.name, values.get(section.name, {}), source)
     for key in values:
+        owners = [f"[{name}]" for name, section in sections.items() if key in vars(section)]
+        if owners and key not in sections:
+            raise UserError(f"{source}: no section [{key}]; {key} is a field of {' and '.join(owners)}")
         _known(key, list(sections), f"{source}: no section [{key}]")
     config = Config(**sections)
     return validate(config, source) if check else config
@@ -285,8 +288,10 @@ def validate(config: Config, source: str = "config") -> Config:
             value = getattr(values, name)
             for bounds in getattr(hint, "__metadata__", ()):
                 if not bounds.low <= value <= bounds.high:
-                    allowed = f"must lie between {bounds.low:g} and {bounds.high:g}"
-                    raise UserError(f"{source}: {section.name}.{name} = {value}: {allowed}")
+                    low, high = (
+                        f"{one:,}" if isinstance(one, int) else f"{one:g}" for one in (bounds.low, bounds.high)
+                    )
+                    raise UserError(f"{source}: {section.name}.{name} = {value}: must lie between {low} and {high}")
     if config.model.width % config.model.num_heads:
         raise UserError(
             f"{source}: model.width = {config.model.width}: must be a multiple of model.num_heads = "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tcc_jax.completion.options import EvaluateOptions
+from tcc_jax.completion.options import REPORT_FILE, EvaluateOptions
 from tcc_jax.files import atomic_folder
 from tcc_jax.terminal import command, log, parse_arguments
 
@@ -15,7 +15,7 @@ def main() -> None:
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.
     from tcc_jax.completion.evaluate import evaluate
 
-    with atomic_folder(options.out, replace=options.overwrite) as folder:
+    with atomic_folder(options.out, marker=REPORT_FILE, replace=options.overwrite) as folder:
         report = evaluate(options, folder)
     # Only now: a reader that has seen enough must not cost a finished evaluation.
     print(report.text())

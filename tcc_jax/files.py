@@ -17,9 +17,6 @@ from typing import IO
 from tcc_jax.storage import as_path, is_remote
 from tcc_jax.terminal import UserError, undo_if_stopped
 
-# What a folder must hold to be replaced: --overwrite is for results, never for somebody's data.
-_REPLACEABLE = ("corpus.json", "report.json", "model.safetensors")
-
 
 def embedded(name: str) -> Path:
     """Return the path of an embedded data file: inside the installed package, or data/ of the repository."""
@@ -52,13 +49,14 @@ def sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, marker: str = "", replace: bool = False) -> Iterator[Path]:
     """Write a folder so that it appears whole or not at all.
 
     Args:
         path: the folder to make. Parents are made too, and removed again if the work fails.
-        replace: take the place of an existing folder, if it is a result of ours; otherwise an existing, non-empty
-            one is an error.
+        marker: the file that every folder of this kind holds, and those of no other kind.
+        replace: take the place of an existing folder, if it holds the marker; otherwise an existing, non-empty one is
+            an error.
 
     Yields:
         An empty temporary folder beside `path`, moved into place in one rename when the block ends.
@@ -75,8 +73,9 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     if path.exists() and any(path.iterdir()):
         if not replace:
             raise UserError(f"{path}: already exists; choose another output folder or pass --overwrite")
-        if not any((path / marker).exists() for marker in _REPLACEABLE):
-            raise UserError(f"{path}: not a result of tcc_jax, so not overwritten; choose another output folder")
+        # Replacing is for earlier results of the same kind, never for somebody's data.
+        if not (path / marker).is_file():
+            raise UserError(f"{path}: holds no {marker}, so not overwritten; choose another output folder")
     # Both known before anything is made, so that a signal at any moment finds all there is to remove.
     missing = [parent for parent in path.parents if not parent.exists()]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -102,6 +101,14 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             # A full disk is reported without a name; say which output it was.
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
         raise
+
+
+def check_input_file(path: str | Path, flag: str = "") -> None:
+    """Raise `UserError` where there is no file to read: before the work, not after it."""
+    if not Path(path).exists():
+        raise UserError(f"{flag} {path}: no such file".strip())
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file".strip())
 
 
 def check_output_file(path: str | Path) -> None:

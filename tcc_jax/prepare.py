@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tcc_jax.corpus.build import BuildOptions, build_corpus
-from tcc_jax.corpus.store import Corpus, write_corpus
+from tcc_jax.corpus.store import DESCRIPTION, Corpus, write_corpus
 from tcc_jax.files import atomic_folder
 from tcc_jax.terminal import command, parse_arguments, table
 
@@ -27,7 +27,7 @@ class Arguments(BuildOptions):
 def main() -> None:
     """Run the command."""
     arguments = parse_arguments(Arguments, prog="python -m tcc_jax.prepare")
-    with atomic_folder(arguments.out, replace=arguments.overwrite) as folder:
+    with atomic_folder(arguments.out, marker=DESCRIPTION, replace=arguments.overwrite) as folder:
         corpus = build_corpus(arguments.gmt, arguments)
         write_corpus(folder, corpus)
     print(_summary(corpus))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -123,8 +124,8 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         settings: passed on to `tyro.cli` (`default`, `prog`, `description`).
 
     Raises:
-        UserError: an unknown flag, a value of the wrong type or bytes that are no text, as one line. `--help` exits
-            with 0.
+        UserError: an unknown flag, a value of the wrong type, an empty path or bytes that are no text, as one line.
+            `--help` exits with 0.
     """
     import tyro
 
@@ -141,7 +142,7 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
     captured = _Captured()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=arguments, registry=_whole_tables(), **settings)
+            return tyro.cli(kind, args=arguments, registry=_registry(), **settings)
     except SystemExit as stop:
         # --help, or a signal that came just now.
         if stop.code in (0, None) or (isinstance(stop.code, int) and stop.code > 128):
@@ -155,17 +156,35 @@ def parse_arguments(kind: type[T], arguments: Sequence[str] | None = None, **set
         raise UserError(words or "wrong arguments; see --help") from None
 
 
-def _whole_tables() -> Any:
-    # tyro gives each key of a table that is not empty a flag of its own, and then takes no others.
+def _registry() -> Any:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
     registry = ConstructorRegistry()
+
+    def to_path(words: list[str]) -> Path:
+        if not words[0]:
+            # pathlib would take it for the current folder. tyro words a ValueError as it sees fit.
+            raise UserError("a path on the command line is empty; name a file or a folder")
+        return Path(words[0])
+
+    @registry.primitive_rule
+    def path_rule(info: Any) -> Any:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=to_path,
+            is_instance=lambda path: isinstance(path, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
 
     def from_words(words: list[str]) -> dict[str, float]:
         if len(words) % 2:
             raise ValueError("must be pairs of a name and a number")
         return dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
+    # tyro gives each key of a table that is not empty a flag of its own, and then takes no others.
     @registry.primitive_rule
     def table_rule(info: Any) -> Any:
         if info.type != dict[str, float]:

@@ -70,6 +70,16 @@ def test_no_known_gene(folder, monkeypatch, capsys):
     assert "G99 is approved but" in error and "g5 is not in the vocabulary; the nearest: G5" in error
 
 
+def test_of_many_unknown_genes_twenty_are_named(folder, monkeypatch, capsys):
+    unknown = [f"XX{index}" for index in range(200)]
+    run(monkeypatch, folder, "G1", *unknown)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[0].startswith("XX0 is not in the vocabulary")
+    assert lines[-1] == "and 180 more symbols; --format json lists them with each set"
+    error = fails(monkeypatch, capsys, folder, *unknown)
+    assert error.count("not in the vocabulary") == 20 and error.endswith("; and 180 more symbols")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,8 +103,12 @@ def test_no_known_gene(folder, monkeypatch, capsys):
         (["G1", "--gmt", "a.gmt"], "choose one"),
         (["--gmt", "nowhere.gmt"], "nowhere.gmt"),
         (["G1", "--background", "nowhere.txt"], "nowhere.txt"),
-        (["G1", "--why", "--corpus", "nowhere"], "the corpus nowhere is not there; name it with --corpus"),
+        (["G1", "--why", "--corpus", "nowhere"], "error: the corpus nowhere is not there"),
         (["G1", "--out", "nowhere/x.tsv"], "nowhere"),
+        (["G1", "--out", "x.tsv.gz"], "--out x.tsv.gz: nothing is compressed"),
+        (["G1", "--out", "x.XZ"], "--out x.XZ: nothing is compressed"),
+        (["G1", "--why", "--format", "gmt"], "--why: GMT has no place for it"),
+        (["G1", "--why", "--out", "x.gmt"], "--why: GMT has no place for it"),
         ([f"G{index}" for index in range(60)], "no gene is left to propose"),
     ],
 )
@@ -175,6 +189,18 @@ def test_without_a_completed_set_nothing_is_printed(folder, monkeypatch, capsys,
 def test_a_failed_output_leaves_nothing_behind(folder, monkeypatch, capsys, tmp_path):
     fails(monkeypatch, capsys, folder, "XX", "--out", str(tmp_path / "x.tsv"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_is_not_replaced(folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "in.gmt").write_text(GMT)
+    (tmp_path / "link").symlink_to("in.gmt")
+    for given, out in (("in.gmt", "in.gmt"), ("in.gmt", "link"), ("", "in.gmt")):
+        error = fails(monkeypatch, capsys, folder, "--gmt", str(tmp_path / given), "--out", str(tmp_path / out))
+        assert f"{out}: is an input" in error and (tmp_path / "in.gmt").read_text() == GMT
+    error = fails(
+        monkeypatch, capsys, folder, "G1", "--background", str(tmp_path / "link"), "--out", str(tmp_path / "in.gmt")
+    )
+    assert "is an input" in error
 
 
 def test_standard_input(folder, monkeypatch, capsys):
@@ -261,7 +287,8 @@ def test_why_says_when_the_corpus_is_missing(folder, monkeypatch, capsys):
     try:
         run(monkeypatch, folder, "G3", "--why")
         shown = capsys.readouterr()
-        assert "--why is left out: the corpus" in shown.err and len(shown.out.splitlines()) == 21
+        missing = f"the corpus {folder / 'corpus'} is not there; name it with --corpus"
+        assert f"--why is left out: {missing}" in shown.err and len(shown.out.splitlines()) == 21
         run(monkeypatch, folder, "G3", "--why", "--corpus", str(folder / "elsewhere"))
         assert "Jaccard" in capsys.readouterr().out
     finally:

@@ -330,7 +330,9 @@ def test_an_existing_folder_is_kept_unless_overwrite(folder, monkeypatch, capsys
     arguments = ("--checkpoint", folder / "run", "--out", out, "--split", "validation")
     assert "already exists" in fails(monkeypatch, capsys, *arguments)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
-    assert "not a result of tcc_jax" in fails(monkeypatch, capsys, *arguments, "--overwrite")
+    (out / "corpus.json").write_text("{}")
+    assert "holds no report.json, so not overwritten" in fails(monkeypatch, capsys, *arguments, "--overwrite")
+    (out / "corpus.json").unlink()
     (out / "report.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(monkeypatch, *arguments, "--overwrite")
@@ -355,13 +357,14 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--gmt", "missing.gmt"], "missing.gmt"),
-        (["--visible", "1"], "--visible"),
-        (["--alpha", "0"], "--alpha"),
+        (["--visible", "1"], "--visible 1.0: must be above 0 and under 1"),
+        (["--alpha", "0"], "--alpha 0.0: must be above 0 and under 1"),
         (["--seed", "-1"], "--seed"),
-        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must lie between 0 and 4294967295"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must lie between 0 and 4,294,967,295"),
         (["--corpus", "missing"], "missing"),
         (["--visible", "many"], "visible"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "100000000000"], "--seeds 100000000000: at most 1,000"),
         (["--ease-genes", "0"], "--ease-genes"),
         (["--ease-penalty", "0"], "--ease-penalty"),
         (["--ease-penalty", "1e300"], "--ease-penalty 1e+300: must be a number above 0 and under 1e38"),
@@ -371,7 +374,8 @@ def test_another_vocabulary_is_refused(folder, monkeypatch, capsys):
         (["--knn", "5"], "--knn: no type matching {None}|{INT FLOAT} could be instantiated from ['5']; see python"),
         (["--knn", "0", "3"], "--knn"),
         (["--knn", "500", "0"], "--knn"),
-        (["--background", "missing.txt"], "missing.txt"),
+        (["--background", "missing.txt"], "--background missing.txt: no such file"),
+        (["--background", "."], "--background .: is a folder; name a file"),
         (["--drawn-counts", "counts.tsv"], "--protocol tcc"),
         (["--protocol", "tcc"], "--drawn-counts"),
         *(
@@ -401,6 +405,18 @@ def test_a_gmt_without_a_usable_set(folder, monkeypatch, capsys, content):
     arguments = ("--gmt", folder / "bad.gmt", "--hgnc", folder / "hgnc.tsv", "--out", folder / "bad")
     assert "bad.gmt" in fails(monkeypatch, capsys, "--checkpoint", folder / "run", *arguments)
     assert not (folder / "bad").exists()
+
+
+def test_an_empty_split(folder, monkeypatch, capsys):
+    monkeypatch.setattr("tcc_jax.completion.evaluate.sets_from_corpus", lambda corpus, split: [])
+    error = fails(monkeypatch, capsys, "--checkpoint", folder / "run", "--out", folder / "new")
+    assert f"the test split of {folder / 'corpus'} is empty" in error
+
+
+def test_what_is_missing_is_found_before_the_model_is_opened(folder, monkeypatch, capsys):
+    for flag in ("--background", "--hgnc"):
+        error = fails(monkeypatch, capsys, "--checkpoint", folder / "nowhere", "--out", folder / "new", flag, "missing")
+        assert error == f"error: {flag} missing: no such file"
 
 
 def test_a_missing_checkpoint(folder, monkeypatch, capsys):

@@ -94,6 +94,11 @@ def edit(path, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
+def edit_model(out, **change):
+    config = json.loads((out / "config.json").read_text())["config"]
+    edit(out / "config.json", {"config": config | {"model": config["model"] | change}})
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -101,6 +106,15 @@ def edit(path, change):
         (lambda out: (out / "config.json").write_text("{"), "not the description of an export"),
         (lambda out: edit(out / "config.json", {"format_version": 9}), "export of format 9, this tcc_jax reads"),
         (lambda out: edit(out / "config.json", {"vocabulary_hash": "0" * 64}), "genes.tsv is not as it was written"),
+        (
+            lambda out: edit_model(out, width=8),
+            r"blocks.0.* is \(16, 16\) in model.safetensors, and \(8, 8\) by",
+        ),
+        (
+            lambda out: edit_model(out, num_layers=2),
+            "blocks.1.* is no such array in model.safetensors, and",
+        ),
+        (lambda out: edit_model(out, position="none"), "position_embedding is .*, and no such array by config.json"),
     ],
 )
 def test_a_damaged_export_is_named(run, tmp_path, monkeypatch, damage, words):
@@ -112,10 +126,11 @@ def test_a_damaged_export_is_named(run, tmp_path, monkeypatch, damage, words):
 
 def test_a_mistake_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("")
+    (tmp_path / "full" / "corpus.json").write_text("")
     for arguments, words in (
         (["--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out"], "nowhere: no such run directory"),
         (["--checkpoint", run, "--out", tmp_path / "full"], "already exists"),
+        (["--checkpoint", run, "--out", tmp_path / "full", "--overwrite"], "holds no model.safetensors"),
         (["--checkpoint", run, "--out", tmp_path / "out", "--dtype", "float64"], "--dtype"),
     ):
         with pytest.raises(SystemExit) as stop:

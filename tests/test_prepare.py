@@ -50,7 +50,11 @@ def test_existing_output_needs_overwrite(gmt, tmp_path):
 
 
 def test_overwrite_is_for_results_alone(gmt, tmp_path):
-    assert_one_line_error(prepare("--gmt", gmt, "--out", gmt.parent, "--overwrite"), "not a result of tcc_jax")
+    words = (gmt.parent, "not overwritten", "corpus.json")
+    # Neither somebody's data nor what another command wrote.
+    for name in ("mine.txt", "report.json", "model.safetensors"):
+        (gmt.parent / name).write_text("")
+        assert_one_line_error(prepare("--gmt", gmt, "--out", gmt.parent, "--overwrite"), *words)
     assert gmt.exists()
 
 
@@ -116,6 +120,12 @@ def test_bad_hgnc_table(gmt, tmp_path):
     table.write_text("gene\tname\nTP53\ttumor protein\n")
     assert_one_line_error(prepare("--gmt", gmt, "--out", tmp_path / "out", "--hgnc", table), table, "not an HGNC table")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--gmt", "--holdout", "--hgnc", "--out"])
+def test_an_empty_path_is_not_the_current_folder(gmt, tmp_path, flag):
+    others = [word for pair in {"--gmt": gmt, "--out": tmp_path / "out"}.items() if pair[0] != flag for word in pair]
+    assert_one_line_error(prepare(flag, "", *others, cwd=tmp_path), "a path on the command line is empty")
 
 
 def test_wrong_flag_is_one_line(gmt, tmp_path):

@@ -199,14 +199,15 @@ def _watched(completions: Iterable[Completion], model: Model, problems: Problems
     if first is not None:
         # The nearest symbols are looked for where there is a single set: it takes a moment for each unknown one.
         notes.update(_notes(first.query, model.vocabulary if read == 1 else None))
-    listed = notes.most_common(None if read == 1 else _LISTED)
-    if read == failed == 1:
-        raise UserError("; ".join([f"{first and first.problem}", *(text for text, _ in listed)]))
+    listed = notes.most_common(_LISTED)
+    more = f"and {len(notes) - len(listed):,} more symbols" if len(notes) > len(listed) else ""
+    if first is not None and read == failed == 1:
+        raise UserError("; ".join(filter(None, [first.problem, *(text for text, _ in listed), more])))
     log_lines(problems.lines())
     for text, count in listed:
         log(text + (f" ({count:,} sets)" if count > 1 else ""))
-    if len(notes) > len(listed):
-        log(f"and {len(notes) - len(listed):,} more symbols; --format json lists them with each set")
+    if more:
+        log(f"{more}; --format json lists them with each set")
     if cut:
         part = f"the model sees a random {model.prompt_limit:,} of them"
         log(f"{cut:,} of {read:,} sets hold more genes than a row: {part}")
@@ -220,8 +221,15 @@ def _watched(completions: Iterable[Completion], model: Model, problems: Problems
 
 
 def _notes(query: KnownSet, vocabulary: Vocabulary | None = None) -> list[str]:
-    """Say what was done with each symbol that is not simply an approved one; with a vocabulary, name its nearest."""
-    return [note for gene in query.symbols if (note := _note(gene, vocabulary))]
+    """Say what was done with each symbol that is not simply an approved one.
+
+    With a vocabulary, also name the nearest ones, for as many notes as are listed.
+    """
+    notes: list[str] = []
+    for gene in query.symbols:
+        if note := _note(gene, vocabulary if len(notes) < _LISTED else None):
+            notes.append(note)
+    return notes
 
 
 def _note(gene: FoundGene, vocabulary: Vocabulary | None) -> str:

@@ -151,6 +151,8 @@ def _read(
     else:
         assert corpus is not None
         sets = sets_from_corpus(corpus, options.split)
+        if not sets:
+            raise UserError(f"the {options.split} split of {corpus.path} is empty; choose another, or give --gmt")
         source = {"corpus": str(corpus.path), "split": options.split}
     return choose_sets(sets, options.limit, options.seed), source, problems
 

@@ -247,7 +247,7 @@ class Model:
             UserError: it is required, and not there, not readable or of another vocabulary.
         """
         try:
-            return self._open_corpus(as_path(path or self.checkpoint.config.data.corpus)), ""
+            return self._open_corpus(as_path(path or self.checkpoint.config.data.corpus), named=bool(path)), ""
         except (UserError, OSError) as error:
             if required:
                 raise
@@ -272,10 +272,10 @@ class Model:
             for place, (id_, share) in enumerate(zip(ids, probabilities, strict=True), start=1)
         ]
 
-    def _open_corpus(self, path: Path) -> Corpus:
+    def _open_corpus(self, path: Path, *, named: bool) -> Corpus:
         check_bucket(path)
         if not path.exists():
-            raise UserError(f"the corpus {path} is not there; name it with --corpus")
+            raise UserError(f"the corpus {path} is not there" + ("" if named else "; name it with --corpus"))
         corpus = open_corpus(path)
         theirs, ours = corpus.vocabulary.hash, self.vocabulary.hash
         if theirs != ours:
@@ -298,10 +298,14 @@ class Model:
         known = dict.fromkeys(ids[symbol] for symbol in symbols if symbol in ids)
         unknown = [symbol for symbol in symbols if symbol not in ids]
         if unknown and not (skip_unknown and known):
-            approved = SymbolTable.read().resolve(unknown[0]).symbol
+            symbol = unknown[0]
+            approved = SymbolTable.read().resolve(symbol).symbol
+            if approved is None:
+                raise UserError(f"{symbol}: {unknown_gene(symbol, self.vocabulary)}")
             if approved in ids:
-                raise UserError(f"{unknown[0]}: not an approved symbol; the approved one is {approved}")
-            raise UserError(f"{unknown[0]}: {unknown_gene(unknown[0], self.vocabulary)}")
+                raise UserError(f"{symbol}: not an approved symbol; the approved one is {approved}")
+            which = "" if approved == symbol else f"not an approved symbol; the approved one is {approved}, which is "
+            raise UserError(f"{symbol}: {which or 'approved but '}not in the model's vocabulary")
         if not known:
             raise UserError("no gene given; pass at least one symbol")
         return np.array(list(known), np.int32)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from tcc_jax.files import check_output_file
+from tcc_jax.corpus.gmt import find_gmt_files
+from tcc_jax.files import check_input_file, check_output_file
 from tcc_jax.terminal import UserError
 
 Format = Literal["table", "tsv", "json", "gmt"]
+# Every folder that `eval` wrote holds it.
+REPORT_FILE = "report.json"
 # One program draws them all, and nothing stops it in between: minutes for so many.
 MOST_SAMPLED = 4096
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,14 @@ class EvaluateOptions:
         """Raise `UserError` naming the first value that can't be used, alone or beside the others."""
         for name in ("visible", "alpha"):
             if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0 and under 1")
         _check_seed(self.seed)
         for name in ("seeds", "limit", "ease_genes", "autoencoder_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.seeds > MOST_SEEDS:
+            raise UserError(f"--seeds {self.seeds}: at most {MOST_SEEDS:,}, since the masks of all are held at once")
         if self.knn is not None and not (self.knn[0] >= 1 and 0 < self.knn[1] < float("inf")):
             raise UserError(f"--knn {self.knn[0]} {self.knn[1]:g}: give at least 1 neighbour, and a power above 0")
         if not 0 < self.ease_penalty < 1e38:
@@ -102,10 +109,13 @@ class EvaluateOptions:
             _refuse_ignored(self, "--baselines all", "ease_genes", "ease_penalty", "autoencoder_steps")
         if self.protocol == "default":
             _refuse_ignored(self, "--protocol tcc", "drawn_counts", "drawn")
-            return
-        _refuse_ignored(self, "the default protocol", "sweep", "noise", "background", "limit", "visible", "seeds")
-        if self.drawn_counts is None or not self.gmt:
-            raise UserError("--protocol tcc needs --gmt with the sets and --drawn-counts with their recorded tables")
+        else:
+            _refuse_ignored(self, "the default protocol", "sweep", "noise", "background", "limit", "visible", "seeds")
+            if self.drawn_counts is None or not self.gmt:
+                raise UserError(
+                    "--protocol tcc needs --gmt with the sets and --drawn-counts with their recorded tables"
+                )
+        _check_inputs(self, "hgnc", "background", "drawn_counts")
 
 
 @dataclass(frozen=True)
@@ -181,8 +191,20 @@ class CompleteOptions:
                 f"--number {self.number}: at most {MOST_SAMPLED:,} genes are drawn one by one; --decode rank gives more"
             )
         _check_seed(self.seed)
+        _check_inputs(self, "hgnc", "background")
+        if self.why and (self.format or Path(self.out or "").suffix) in ("gmt", ".gmt"):
+            raise UserError("--why: GMT has no place for it; choose --format json, tsv or table")
         if self.out is not None:
-            check_output_file(self.out)
+            self._check_out(self.out)
+
+    def _check_out(self, out: str) -> None:
+        check_output_file(out)
+        if Path(out).suffix.lower() in (".gz", ".xz"):
+            raise UserError(f"--out {out}: nothing is compressed; leave out {Path(out).suffix}")
+        inputs = find_gmt_files(self.gmt) if self.gmt else []
+        inputs += [Path(path) for path in (self.background, self.hgnc) if path is not None]
+        if Path(out).exists() and any(path.exists() and path.samefile(out) for path in inputs):
+            raise UserError(f"--out {out}: is an input of this command; name another file")
 
 
 def _refuse_ignored(options: EvaluateOptions | CompleteOptions, goes_with: str, *names: str) -> None:
@@ -191,6 +213,12 @@ def _refuse_ignored(options: EvaluateOptions | CompleteOptions, goes_with: str, 
             raise UserError(f"--{name.replace('_', '-')} goes with {goes_with}")
 
 
+def _check_inputs(options: EvaluateOptions | CompleteOptions, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            check_input_file(getattr(options, name), f"--{name.replace('_', '-')}")
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1}")
+        raise UserError(f"--seed {seed}: must lie between 0 and {2**32 - 1:,}")

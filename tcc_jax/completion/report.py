@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcc_jax.completion.metrics import Outcome, bootstrap, compare, mean
+from tcc_jax.completion.options import REPORT_FILE
 from tcc_jax.completion.page import write_page
 from tcc_jax.completion.plots import draw_plots
 from tcc_jax.completion.protocol import MaskedSet
@@ -290,7 +291,7 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
         completed_by: description of every set in completions.gmt.
         with_plots: draw the plots, which needs matplotlib (`plots.can_plot`).
     """
-    (folder / "report.json").write_text(
+    (folder / REPORT_FILE).write_text(
         json.dumps(report.body(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     with open(folder / "per_set.tsv", "w", encoding="utf-8", newline="\n") as file:

@@ -16,6 +16,7 @@ from tcc_jax.corpus.gmt import Problems, find_gmt_files, library_name, read_gmt,
 from tcc_jax.corpus.store import Corpus, Split
 from tcc_jax.corpus.symbols import Resolution, SymbolTable
 from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.files import check_input_file
 from tcc_jax.terminal import UserError, log
 
 OUTSIDE = -1
@@ -189,10 +190,9 @@ def read_background(path: str | Path, finder: GeneFinder) -> np.ndarray:
     Raises:
         UserError: no such file, not a text file, or no gene of the vocabulary in it.
     """
+    check_input_file(path, "--background")
     try:
         symbols = split_symbols(Path(path).read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--background {path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"--background {path}: not a text file; give one gene symbol a line") from None
     known = finder.known_set("", "", symbols)

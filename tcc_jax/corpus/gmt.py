@@ -59,6 +59,8 @@ def find_gmt_files(paths: Sequence[str | Path]) -> list[Path]:
         UserError: no path, one that does not exist, a folder without a GMT file, a file with another ending, or two
             files that would give libraries of the same name.
     """
+    if not all(map(str, paths)):
+        raise UserError("--gmt: an empty path; name GMT files or folders of them")
     if not paths:
         raise UserError("--gmt: no file given; name GMT files or folders of them")
     files: list[Path] = []

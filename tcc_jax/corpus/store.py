@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
 SETS_HEADER = ("name", "library", "split", "length", "cluster", "other_names")
-_DESCRIPTION = "corpus.json"
+DESCRIPTION = "corpus.json"
 _FILES = ("genes.tsv", "sets.tsv", "tokens.npy", "offsets.npy")
 
 
@@ -103,7 +103,7 @@ def write_corpus(folder: Path, corpus: Corpus) -> None:
     meta["vocabulary_hash"] = corpus.vocabulary.hash
     meta["files"] = {name: sha256(folder / name) for name in _FILES}
     meta["corpus_hash"] = description_hash(meta)
-    with open(folder / _DESCRIPTION, "w", encoding="utf-8", newline="\n") as file:
+    with open(folder / DESCRIPTION, "w", encoding="utf-8", newline="\n") as file:
         json.dump(meta, file, indent=2, ensure_ascii=False, sort_keys=True)
         file.write("\n")
 
@@ -152,13 +152,13 @@ def open_corpus(path: str | Path) -> Corpus:
 def _open_copy(path: Path) -> Corpus:
     check_bucket(path)
     folder = cache_folder() / "corpora" / _read_meta(path)["corpus_hash"]
-    if (folder / _DESCRIPTION).exists():
+    if (folder / DESCRIPTION).exists():
         # One that was damaged since is fetched again.
         with contextlib.suppress(UserError):
             return open_corpus(folder)
-    names = (_DESCRIPTION, *_FILES)
+    names = (DESCRIPTION, *_FILES)
     sizes = {name: file.bytes for name, file in files_in(path).items() if name in names}
-    with atomic_folder(folder, replace=True) as new:
+    with atomic_folder(folder, marker=DESCRIPTION, replace=True) as new:
         with progress(f"{path} -> {folder}", sum(sizes.values())) as advance:
             for name in sizes:
                 copy_file(path / name, new / name, advance)
@@ -170,7 +170,7 @@ def _open_copy(path: Path) -> Corpus:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    file = path / _DESCRIPTION
+    file = path / DESCRIPTION
     if not file.exists():
         raise UserError(f"{path}: no prepared corpus here (corpus.json is missing); run python -m tcc_jax.prepare")
     try:

@@ -5,6 +5,7 @@ A symbol is approved, else a previous symbol, else an alias, and only where that
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import re
 import zlib
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tcc_jax.files import embedded, open_binary
+from tcc_jax.files import check_input_file, embedded, open_binary
 from tcc_jax.terminal import UserError
 
 EMBEDDED_TABLE = "hgnc.tsv.xz"
@@ -92,13 +93,16 @@ class SymbolTable:
             UserError: no such file, not a table of HGNC's, or no approved symbol in it.
         """
         path = embedded(EMBEDDED_TABLE) if path is None else Path(path)
+        check_input_file(path)
         try:
             with open_binary(path) as file:
                 lines = [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-            raise UserError(f"{path}: cannot read the HGNC table: {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not an HGNC table, nor any text; see --hgnc") from None
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error):
+            raise UserError(f"{path}: damaged or not really compressed; get the HGNC table again") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the HGNC table: {error.strerror or error}") from None
         header = lines[0].split("\t")
         columns = {}
         for key, names in _COLUMNS.items():

@@ -60,7 +60,7 @@ def write_export(checkpoint: LoadedCheckpoint, out: Path, dtype: str = "float32"
         name = _name(path)
         array = array[:size] if name in _OVER_VOCABULARY else array
         arrays[name] = np.asarray(array.astype(jnp.dtype(dtype)))
-    with atomic_folder(out, replace=overwrite) as folder:
+    with atomic_folder(out, marker=ARRAYS_FILE, replace=overwrite) as folder:
         (folder / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays, metadata={"format": "np"}))
         checkpoint.vocabulary.write(folder / VOCABULARY_FILE)
         meta = {name: value for name, value in checkpoint.meta.items() if name not in ("files", "record_sha256")}
@@ -82,7 +82,8 @@ def read_export(folder: Path) -> LoadedCheckpoint:
     """Open an export, of this machine or of a bucket, for use, its parameters in float32.
 
     Raises:
-        UserError: it is damaged, of another format version, or of another vocabulary than its genes.tsv.
+        UserError: it is damaged, of another format version, of another vocabulary than its genes.tsv, or its arrays are
+            not those of its configuration.
     """
     meta = _read_description(folder)
     with on_this_machine(folder, ARRAYS_FILE, VOCABULARY_FILE) as copy:
@@ -94,15 +95,23 @@ def read_export(folder: Path) -> LoadedCheckpoint:
         raise UserError(f"{folder}: the export is damaged: {VOCABULARY_FILE} is not as it was written; export again")
     config = from_dict(meta["config"], str(folder))
 
+    def shape_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return (vocabulary.size, *leaf.shape[1:]) if _name(path) in _OVER_VOCABULARY else leaf.shape
+
     def array_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array = jnp.asarray(arrays[_name(path)], leaf.dtype)
         return jnp.pad(array, [(0, leaf.shape[0] - array.shape[0]), *[(0, 0)] * (array.ndim - 1)])
 
-    target = abstract_params(config.model, meta["vocabulary_size"], meta["row_length"])
-    try:
-        params = jax.tree.map_with_path(array_of, target)
-    except KeyError as error:
-        raise UserError(f"{folder}: the export is damaged: no array {error} in {ARRAYS_FILE}") from None
+    target = abstract_params(config.model, vocabulary.size, meta["row_length"])
+    expected = {_name(path): shape_of(path, leaf) for path, leaf in jax.tree.leaves_with_path(target)}
+    found = {name: array.shape for name, array in arrays.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            has, asked = (shapes.get(name, "no such array") for shapes in (found, expected))
+            raise UserError(
+                f"{folder}: the export is damaged: {name} is {has} in {ARRAYS_FILE}, and {asked} by {DESCRIPTION_FILE}"
+            )
+    params = jax.tree.map_with_path(array_of, target)
     return LoadedCheckpoint(meta, config, vocabulary, params, folder, meta["step"])
 
 

@@ -200,6 +200,10 @@ def test_an_outdated_symbol_is_told_the_approved_one(model):
     renamed = Model(dataclasses.replace(model.checkpoint, vocabulary=vocabulary))
     with pytest.raises(UserError, match="MLL: not an approved symbol; the approved one is KMT2A"):
         renamed.complete(["MLL"])
+    with pytest.raises(UserError, match="the approved one is KMT2A, which is not in the model's vocabulary"):
+        model.complete(["MLL"])
+    with pytest.raises(UserError, match="KMT2A: approved but not in the model's vocabulary"):
+        model.complete(["KMT2A"])
 
 
 def test_permutations_average_log_probabilities(model):
@@ -246,7 +250,7 @@ def test_a_corpus_that_cannot_be_had_is_missed_only_where_it_is_required(model, 
         (without_gcsfs, corpus, "gs:// paths need another package"),
         (None, damaged, f"{damaged / 'genes.tsv'}: damaged or edited"),
         (None, make_corpus(tmp_path / "other", prefix="H").path, "has another vocabulary"),
-        (None, tmp_path / "nowhere", f"the corpus {tmp_path / 'nowhere'} is not there; name it with --corpus"),
+        (None, tmp_path / "nowhere", f"the corpus {tmp_path / 'nowhere'} is not there"),
     ):
         if store:
             monkeypatch.setattr("tcc_jax.storage._store", store)

@@ -103,6 +103,8 @@ def test_finding_files(tmp_path):
     assert [file.name for file in find_gmt_files([tmp_path])] == ["a.txt", "b.gmt"]
     (tmp_path / "._b.gmt").write_bytes(b"\0")  # macOS leaves such files beside those it copies
     assert [file.name for file in find_gmt_files([tmp_path])] == ["a.txt", "b.gmt"]
+    with pytest.raises(UserError, match="an empty path"):
+        find_gmt_files([""])
     with pytest.raises(UserError, match="no file given"):
         find_gmt_files([])
     with pytest.raises(UserError, match="cannot be printed"):

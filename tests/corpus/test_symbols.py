@@ -99,13 +99,26 @@ def test_odd_lines_and_withdrawn_symbols_without_a_status(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"a\tb\tc\n1\t2\t3\n", "not an HGNC table"), (b"", "not an HGNC table"), (b"\xff\xfe\x00", "cannot read")],
+    [
+        (b"a\tb\tc\n1\t2\t3\n", "not an HGNC table"),
+        (b"", "not an HGNC table"),
+        (b"\xff\xfe\x00", "nor any text"),
+    ],
 )
 def test_other_tables_are_errors(tmp_path, content, words):
     path = tmp_path / "other.tsv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         SymbolTable.read(path)
+
+
+def test_what_cannot_be_read_is_said_without_pythons_words(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        SymbolTable.read(tmp_path)
+    for name in ("table.gz", "table.xz"):
+        (tmp_path / name).write_text("symbol\n")
+        with pytest.raises(UserError, match=f"{name}: damaged or not really compressed; get"):
+            SymbolTable.read(tmp_path / name)
 
 
 def test_embedded_table_knows_real_genes():
