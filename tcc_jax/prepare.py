@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcc_jax.corpus.build import BuildOptions, build_corpus
+from tcc_jax.corpus.build import BuildOptions, build_corpus, counts_table
 from tcc_jax.corpus.store import DESCRIPTION, Corpus, write_corpus
 from tcc_jax.files import atomic_folder
 from tcc_jax.terminal import command, parse_arguments, table
@@ -35,8 +35,7 @@ def main() -> None:
 
 
 def _summary(corpus: Corpus) -> str:
-    counts = [list(entry.values()) for entry in corpus.meta["counts"]]
-    parts = [table(["step", "sets", "genes", "mentions"], counts)]
+    parts = [counts_table(corpus.meta["counts"])]
     rows = []
     for name, leaks in corpus.meta["leaks"].items():
         rows.append([f"{name} ({leaks['sets']:,} sets)", *leaks["with_training_set_at_jaccard"].values()])

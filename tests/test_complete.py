@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 import types
 
@@ -201,6 +202,11 @@ def test_an_input_is_not_replaced(folder, monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, folder, "G1", "--background", str(tmp_path / "link"), "--out", str(tmp_path / "in.gmt")
     )
     assert "is an input" in error
+    # Standard input as the shell redirects it: the real one, not sys.stdin.
+    command = [sys.executable, "-m", "tcc_jax.complete", "-", "--checkpoint", "x", "--out", tmp_path / "in.gmt"]
+    with open(tmp_path / "in.gmt") as file:
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True)
+    assert done.returncode == 2 and "is an input" in done.stderr
 
 
 def test_standard_input(folder, monkeypatch, capsys):

@@ -203,7 +203,10 @@ class CompleteOptions:
             raise UserError(f"--out {out}: nothing is compressed; leave out {Path(out).suffix}")
         inputs = find_gmt_files(self.gmt) if self.gmt else []
         inputs += [Path(path) for path in (self.background, self.hgnc) if path is not None]
-        if Path(out).exists() and any(path.exists() and path.samefile(out) for path in inputs):
+        if self.genes == ("-",):
+            inputs.append(Path("/dev/stdin"))
+        # A terminal is both, and may be.
+        if Path(out).is_file() and any(path.exists() and path.samefile(out) for path in inputs):
             raise UserError(f"--out {out}: is an input of this command; name another file")
 
 

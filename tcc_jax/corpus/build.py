@@ -19,6 +19,7 @@ from tcc_jax.corpus.symbols import EMBEDDED_TABLE, SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, SPECIAL_SYMBOLS, Vocabulary
 from tcc_jax.files import embedded, sha256
 from tcc_jax.terminal import UserError, log, log_lines, progress
+from tcc_jax.terminal import table as text_table
 
 # Clusters are made at this Jaccard even where `split_jaccard` is lower: below it MinHash would have to check nearly all
 # pairs. The exact comparison with validation and test that follows keeps the promise at any limit.
@@ -72,11 +73,16 @@ class _Builder:
         self.same_as = np.arange(len(mapped.sets))
         self.counts: list[dict[str, Any]] = []
 
-    def count(self, step: str) -> None:
+    def count(self, step: str, flag: str = "") -> None:
         genes = int(np.count_nonzero(np.bincount(self.sets.tokens))) if len(self.sets.tokens) else 0
         self.counts.append(_count(step, len(self.sets), genes, len(self.sets.tokens)))
         if not len(self.sets):
-            raise UserError(f"no gene set is left after the step {step!r}; loosen its setting (see --help)")
+            raise self.failure(f"no gene set is left after the step {step!r}; it is decided by {flag}")
+
+    def failure(self, message: str) -> UserError:
+        """Return an error about what is left, and show the counts that led to it."""
+        log(counts_table(self.counts))
+        return UserError(message)
 
     def select(self, kept: np.ndarray) -> None:
         self.sets = self.sets.select(kept)
@@ -125,25 +131,25 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder = _Builder(mapped)
     num_genes = len(mapped.genes)
     builder.counts.append(read)
-    builder.count(f"at least {options.min_mapped:.0%} mapped to HGNC")
+    builder.count(f"at least {options.min_mapped:.0%} mapped to HGNC", "--min-mapped")
     builder.collapse(_in_test_library(builder, options))
     builder.count("exact duplicates collapsed")
     held_out = _read_holdout(options, holdout_files, table, mapped.genes)
     if held_out is not None:
         _hold_out(builder, held_out, num_genes, options.max_jaccard)
-        builder.count(f"held-out sets and those at Jaccard >= {options.max_jaccard:g} dropped")
+        builder.count(f"held-out sets and those at Jaccard >= {options.max_jaccard:g} dropped", "--max-jaccard")
     enough = np.bincount(builder.sets.tokens, minlength=num_genes) >= options.min_sets_per_gene
     builder.sets = builder.sets.keep_mentions(enough[builder.sets.tokens])
     builder.select(builder.sets.lengths > 0)
-    builder.count(f"genes in fewer than {options.min_sets_per_gene} sets dropped")
+    builder.count(f"genes in fewer than {options.min_sets_per_gene} sets dropped", "--min-sets-per-gene")
     builder.collapse(_in_test_library(builder, options))
     builder.count("exact duplicates collapsed again")
     builder.select(builder.sets.lengths >= options.min_genes)
-    builder.count(f"sets under {options.min_genes} genes dropped")
+    builder.count(f"sets under {options.min_genes} genes dropped", "--min-genes")
     if held_out is not None:
         # Without its rare genes a set can be nearer to a held-out one than before: look again at what is trained on.
         _hold_out(builder, _with_genes_of(builder.sets, held_out), num_genes, options.max_jaccard)
-        builder.count("near-duplicates of held-out sets dropped again")
+        builder.count("near-duplicates of held-out sets dropped again", "--max-jaccard")
     clusters, cluster_sizes = _cluster(builder.sets, num_genes, options)
     splits = _split(builder, clusters, options)
     kept, leaks = _drop_leaks(builder.sets, splits, num_genes, options)
@@ -182,6 +188,11 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
         tokens=ids[builder.sets.tokens],
         offsets=builder.sets.offsets,
     )
+
+
+def counts_table(counts: Sequence[dict[str, Any]]) -> str:
+    """Return the counts after every step, as `Corpus.meta` has them, as plain text."""
+    return text_table(["step", "sets", "genes", "mentions"], [list(entry.values()) for entry in counts])
 
 
 def _count(step: str, sets: int, genes: int, mentions: int) -> dict[str, Any]:
@@ -321,11 +332,11 @@ def _check_splits(builder: _Builder, splits: np.ndarray, options: BuildOptions) 
     tested = {builder.mapped.libraries[index] for index in builder.origin[splits == TEST].tolist()}
     for name in options.test_library:
         if name not in tested:
-            raise UserError(f"--test-library {name}: none of its sets is left to test on; see the counts of each step")
+            raise builder.failure(f"--test-library {name}: none of its sets is left to test on; see the counts above")
     shares = {TRAIN: 1.0, VALIDATION: options.validation_share, TEST: options.test_share}
     for split, share in shares.items():
         if share and not (splits == split).any():
-            raise UserError(
+            raise builder.failure(
                 f"no {SPLITS[split]} set is left: there are too few sets, or too many near-duplicates of one another; "
                 "give more sets, or do without a split with --validation-share 0 or --test-share 0"
             )

@@ -13,7 +13,7 @@ import numpy as np
 
 from tcc_jax.corpus.gmt import Problems, library_name, read_gmt
 from tcc_jax.corpus.similarity import Sets
-from tcc_jax.corpus.symbols import SymbolTable, is_date, looks_like_mouse
+from tcc_jax.corpus.symbols import Resolution, SymbolTable, is_date, looks_like_mouse
 from tcc_jax.terminal import progress
 
 _SHOWN = 20
@@ -40,7 +40,7 @@ class MappedSets:
         genes: approved symbols, sorted.
         names: set names.
         libraries: the library of each set.
-        report: how symbols mapped, which did not, and which sets look like mouse (JSON values).
+        report: how symbols mapped, which did not, and which sets look like mouse or are in lower case (JSON values).
     """
 
     sets: Sets
@@ -93,7 +93,8 @@ def map_sets(raw: RawSets, table: SymbolTable, min_mapped: float) -> MappedSets:
     mentions = np.bincount(raw.sets.tokens, minlength=len(raw.symbols))
 
     mouse = np.array([looks_like_mouse(s) and f.symbol is None for s, f in zip(raw.symbols, resolutions, strict=True)])
-    looks_mouse = 2 * raw.sets.sum(mouse[raw.sets.tokens]) >= raw.sets.lengths
+    lower = np.array([_only_in_lower_case(s, f, table) for s, f in zip(raw.symbols, resolutions, strict=True)])
+    looks_mouse, in_lower = (2 * raw.sets.sum(each[raw.sets.tokens]) >= raw.sets.lengths for each in (mouse, lower))
     mapped = gene_of[raw.sets.tokens]
     known = mapped >= 0
     mapped_counts = raw.sets.sum(known)
@@ -105,12 +106,12 @@ def map_sets(raw: RawSets, table: SymbolTable, min_mapped: float) -> MappedSets:
         genes=genes,
         names=[name for name, keep in zip(raw.names, kept, strict=True) if keep],
         libraries=[library for library, keep in zip(raw.libraries, kept, strict=True) if keep],
-        report=_report(raw, resolutions, mentions, looks_mouse),
+        report=_report(raw, resolutions, mentions, looks_mouse, in_lower),
     )
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """Return `MappedSets.report` as lines for a user: symbols not mapped, dates, sets that look like mouse."""
+    """Return `MappedSets.report` as lines for a user: symbols not mapped, dates, sets in another case."""
     lines = []
     for key, label in (("not_mapped", "most often not mapped"), ("ambiguous", "ambiguous, so not mapped")):
         if report[key]:
@@ -118,12 +119,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if report["dates"]:
         dates = (f"{one['symbol']} -> {one['mapped_to'] or 'nothing'}" for one in report["dates"])
         lines.append("spreadsheet dates: " + ", ".join(dates))
-    mouse = report["looks_like_mouse"]
-    if mouse["sets"]:
-        where = ", ".join(f"{library} ({count:,})" for library, count in mouse["libraries"].items())
-        lines.append(
-            f"sets that look like mouse: {mouse['sets']:,} in {where}; --case-insensitive matches them by name"
-        )
+    for key, label in (("looks_like_mouse", "sets that look like mouse"), ("lower_case", "sets in lower case")):
+        if (found := report.get(key)) and found["sets"]:
+            where = ", ".join(f"{library} ({count:,})" for library, count in found["libraries"].items())
+            lines.append(f"{label}: {found['sets']:,} in {where}; --case-insensitive matches them by name")
     return lines
 
 
@@ -140,7 +139,13 @@ def _unique_within(sets: Sets) -> Sets:
     return sets.keep_mentions(keep)
 
 
-def _report(raw: RawSets, resolutions: list[Any], mentions: np.ndarray, looks_mouse: np.ndarray) -> dict[str, Any]:
+def _only_in_lower_case(symbol: str, found: Resolution, table: SymbolTable) -> bool:
+    return found.symbol is None and symbol.islower() and table.resolve(symbol.upper()).symbol is not None
+
+
+def _report(
+    raw: RawSets, resolutions: list[Resolution], mentions: np.ndarray, looks_mouse: np.ndarray, in_lower: np.ndarray
+) -> dict[str, Any]:
     by_how: dict[str, dict[str, int]] = {}
     for found, count in zip(resolutions, mentions.tolist(), strict=True):
         entry = by_how.setdefault(found.how, {"symbols": 0, "mentions": 0})
@@ -155,8 +160,12 @@ def _report(raw: RawSets, resolutions: list[Any], mentions: np.ndarray, looks_mo
     dates = [
         i for i, s in enumerate(raw.symbols) if is_date(s) and resolutions[i].how in ("date", "ambiguous", "unknown")
     ]
-    mouse_libraries = collections.Counter(raw.libraries[index] for index in np.flatnonzero(looks_mouse))
-    return {
+
+    def by_library(chosen: np.ndarray) -> dict[str, Any]:
+        libraries = collections.Counter(raw.libraries[index] for index in np.flatnonzero(chosen))
+        return {"sets": int(chosen.sum()), "libraries": dict(libraries.most_common(_SHOWN))}
+
+    report = {
         "symbols": dict(sorted(by_how.items())),
         "not_mapped": most_frequent([i for i, f in enumerate(resolutions) if f.how == "unknown"]),
         "ambiguous": most_frequent([i for i, f in enumerate(resolutions) if f.how == "ambiguous"]),
@@ -164,5 +173,9 @@ def _report(raw: RawSets, resolutions: list[Any], mentions: np.ndarray, looks_mo
             {"symbol": raw.symbols[i], "mapped_to": resolutions[i].symbol, "mentions": int(mentions[i])}
             for i in sorted(dates, key=raw.symbols.__getitem__)
         ],
-        "looks_like_mouse": {"sets": int(looks_mouse.sum()), "libraries": dict(mouse_libraries.most_common(_SHOWN))},
+        "looks_like_mouse": by_library(looks_mouse),
     }
+    if in_lower.any():
+        # Only then: the hash of every other corpus stays what it was.
+        report["lower_case"] = by_library(in_lower)
+    return report

@@ -98,7 +98,7 @@ class SymbolTable:
             with open_binary(path) as file:
                 lines = [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not an HGNC table, nor any text; see --hgnc") from None
+            raise UserError(f"{path}: not an HGNC table: no text in UTF-8") from None
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error):
             raise UserError(f"{path}: damaged or not really compressed; get the HGNC table again") from None
         except OSError as error:

@@ -200,6 +200,16 @@ def test_mouse_sets_and_dates_are_reported(tmp_path):
     assert corpus.names == ["mouse", "dates"]
 
 
+def test_sets_in_lower_case_are_told_of_the_option(tmp_path, capsys):
+    sets = [("lower", ["tp53", "mdm2"]), ("upper", ["TP53", "MDM2", "brca1"]), ("no genes", ["abcde", "fghij"])]
+    corpus = build(tmp_path, sets, **{**OPEN, "min_mapped": 0.5})
+    assert corpus.names == ["upper"]
+    assert "sets in lower case: 1 in lib (1); --case-insensitive matches them by name" in capsys.readouterr().err
+    assert build(tmp_path, sets, **{**OPEN, "case_insensitive": True}).names == ["lower", "upper"]
+    build(tmp_path, sets[1:], **{**OPEN, "min_mapped": 0.5})
+    assert "lower case" not in capsys.readouterr().err
+
+
 def test_a_hold_out_that_holds_nothing_out_is_an_error(tmp_path):
     file = write_gmt_file(tmp_path / "mouse.gmt", [("m", ["Trp53", "Mdm2"])])
     with pytest.raises(UserError, match="nothing would be held out"):
@@ -214,6 +224,15 @@ def test_a_split_that_ends_empty_is_an_error(tmp_path):
     mouse = write_gmt_file(tmp_path / "mouse.gmt", [("m", ["Trp53", "Mdm2"])])
     with pytest.raises(UserError, match="--test-library mouse: none of its sets"):
         build(tmp_path, random_sets(), more=[mouse], split="library", test_library=("mouse",))
+
+
+@pytest.mark.parametrize("options", [{"min_mapped": 1.0}, {"min_sets_per_gene": 99}, {"min_genes": 99}])
+def test_nothing_left_names_the_option_and_shows_the_counts(tmp_path, capsys, options):
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(UserError, match=f"no gene set is left .*; it is decided by {flag}$"):
+        build(tmp_path, [("s", ["TP53", "MDM2", "NOTAGENE"])], **{**OPEN, "min_mapped": 0.5, **options})
+    shown = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["read", "1", "3", "3"] in shown and shown[-1][-3:] == ["0", "0", "0"]
 
 
 def test_limit_between_splits_is_its_own_setting(tmp_path):

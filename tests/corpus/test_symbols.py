@@ -102,7 +102,7 @@ def test_odd_lines_and_withdrawn_symbols_without_a_status(tmp_path):
     [
         (b"a\tb\tc\n1\t2\t3\n", "not an HGNC table"),
         (b"", "not an HGNC table"),
-        (b"\xff\xfe\x00", "nor any text"),
+        (b"\xff\xfe\x00", "not an HGNC table: no text in UTF-8"),
     ],
 )
 def test_other_tables_are_errors(tmp_path, content, words):
