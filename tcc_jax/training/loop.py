@@ -11,8 +11,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.preemption import Stop
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
 from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, check_shared, open_run_directory
-from tcc_jax.training.saving import CheckpointWriter, read_record, step_folder
+from tcc_jax.training.saving import CheckpointWriter, best_step, read_record, step_folder, whole_steps
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
@@ -263,6 +265,7 @@ class Run:
                 return self._stopped(step)
         self.directory.status("saving", step=config.training.steps)
         self._await_last_save()
+        self._say_what_is_next()
         self.directory.status("finished", step=config.training.steps)
         return None
 
@@ -318,6 +321,22 @@ class Run:
         meta = describe(self.config, self.corpus, step, self.report.seconds())
         meta |= self.report.to_keep() | {"evaluation_due": evaluation_due}
         self.checkpoints.save(step, state, meta)
+
+    def _say_what_is_next(self) -> None:
+        path, last, recalls = self.directory.path, self.config.training.steps, self.report.recalls
+
+        def command(checkpoint: Path, report: str) -> str:
+            return f"python -m tcc_jax.eval --checkpoint {shlex.quote(str(checkpoint))} --out {shlex.quote(report)}"
+
+        folder, report = step_folder(path, last), f"reports/{path.name}"
+        self.directory.log(f"the checkpoint is {folder}; evaluate it with {command(path, report)}")
+        best = best_step(recalls)
+        if best in whole_steps(path) and recalls[best] > recalls.get(last, -1.0):
+            folder = step_folder(path, best)
+            self.directory.log(
+                f"best validation recall {recalls[best]:.4f} at step {best:,}: {folder}; "
+                f"evaluate it with {command(folder, f'{report}-{best}')}"
+            )
 
     def _stopped(self, step: int) -> None:
         self.directory.status("saving", step=step)

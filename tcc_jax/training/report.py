@@ -38,6 +38,7 @@ class Report:
         steps_per_epoch: for the `epoch` of a line.
         skipping: whether the update of the last step was skipped.
         evaluated: steps that have a line of their evaluation.
+        recalls: step -> validation recall.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Report:
     ) -> None:
         self.steps_per_epoch = 1.0
         self.skipping = False
-        self.evaluated = file.evaluated
+        self.evaluated, self.recalls = file.evaluated, file.recalls
         self._config, self._file, self._board, self._directory = config, file, board, directory
         self._advance, self._utilization = advance, utilization
         self._window, self._spikes = Window(meta.get("window")), SpikeDetector()
@@ -132,9 +133,9 @@ class Report:
 
     def is_best(self, step: int) -> bool:
         """Return whether the step has the best validation recall so far, and that matters."""
-        recalls = self._file.recalls
-        before = [recall for other, recall in recalls.items() if other < step]
-        return self._config.checkpoint.keep_best and step in recalls and recalls[step] > max(before, default=-1.0)
+        before = [recall for other, recall in self.recalls.items() if other < step]
+        recall = self.recalls.get(step)
+        return self._config.checkpoint.keep_best and recall is not None and recall > max(before, default=-1.0)
 
     def _write(self, **values: Any) -> None:
         self._file.write(**values)

@@ -169,9 +169,13 @@ def steps_to_keep(steps: Iterable[int], keep: int, keep_every: int, recalls: Map
     """
     steps = sorted(steps)
     # A copy, since the training thread adds to it.
-    rated = {step: recall for step, recall in dict(recalls).items() if step in steps}
-    best = {min(rated, key=lambda step: (-rated[step], step))} if rated else set()
-    return set(steps[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0} | best
+    best = best_step({step: recall for step, recall in dict(recalls).items() if step in steps})
+    return set(steps[-keep:]) | {step for step in steps if step == best or (keep_every and step % keep_every == 0)}
+
+
+def best_step(recalls: Mapping[int, float]) -> int | None:
+    """Return the step with the best recall, of equal ones the earliest; None without any."""
+    return min(recalls, key=lambda step: (-recalls[step], step), default=None)
 
 
 def step_folder(run_directory: Path, step: int) -> Path:

@@ -28,6 +28,8 @@ from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.sharding import shard_batch
 from tests.training.runs import config_of, lines_of, same_numbers, state_at
 
+EVAL = "python -m tcc_jax.eval --checkpoint"
+
 
 def recall_of(values):
     """Return a `make_recall` whose recall at a step is `values[step]`."""
@@ -355,6 +357,18 @@ def test_the_best_recall_is_saved_and_kept(corpus, tmp_path):
         0.3,
         0.1,
     ]
+    *_, last, best = (tmp_path / "run/train.log").read_text().splitlines()
+    run = tmp_path / "run"
+    assert last.endswith(f"{run / 'checkpoints/10'}; evaluate it with {EVAL} {run} --out reports/run")
+    words = f"best validation recall 0.3000 at step 4: {run / 'checkpoints/4'}; evaluate it with {EVAL} "
+    assert best.endswith(f"{words}{run / 'checkpoints/4'} --out reports/run-4")
+
+
+def test_nothing_is_said_of_the_best_checkpoint_where_it_is_the_last(corpus, tmp_path):
+    config = config_of(corpus, tmp_path / "run")
+    train(config, make_recall=recall_of({5: 0.2, 10: 0.2}))
+    log = (tmp_path / "run/train.log").read_text()
+    assert "best validation recall" not in log and log.count(EVAL) == 1
 
 
 def test_saves_by_time_change_no_number(corpus, tmp_path, monkeypatch):
