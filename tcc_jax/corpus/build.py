@@ -142,6 +142,12 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     builder.sets = builder.sets.keep_mentions(enough[builder.sets.tokens])
     builder.select(builder.sets.lengths > 0)
     builder.count(f"genes in fewer than {options.min_sets_per_gene} sets dropped", "--min-sets-per-gene")
+    before, left = (count["genes"] for count in builder.counts[-2:])
+    if 2 * left < before:
+        log(
+            f"{left:,} of {before:,} genes are in {options.min_sets_per_gene} sets or more, and the others are dropped; "
+            "in so small a corpus a lower --min-sets-per-gene keeps more"
+        )
     builder.collapse(_in_test_library(builder, options))
     builder.count("exact duplicates collapsed again")
     builder.select(builder.sets.lengths >= options.min_genes)

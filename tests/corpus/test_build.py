@@ -65,6 +65,14 @@ def test_rare_genes_then_collapse_then_short_sets(tmp_path):
     assert corpus.vocabulary.size == NUM_SPECIAL + 6
 
 
+def test_a_corpus_that_loses_most_genes_is_told_what_keeps_them(tmp_path, capsys):
+    genes = approved_symbols()[:40]
+    build(tmp_path, [(f"s{i}", [*genes[:6], genes[10 + i]]) for i in range(6)], **{**OPEN, "min_sets_per_gene": 3})
+    assert "6 of 12 genes" not in capsys.readouterr().err
+    build(tmp_path, [(f"s{i}", [*genes[:6], genes[10 + i]]) for i in range(7)], **{**OPEN, "min_sets_per_gene": 3})
+    assert "6 of 13 genes are in 3 sets or more" in capsys.readouterr().err
+
+
 def test_same_name_in_two_libraries_is_two_sets(tmp_path):
     other = write_gmt_file(tmp_path / "other.gmt", [("a", ["TP53", "MDM2"])])
     corpus = build(tmp_path, [("a", ["TP53", "BRCA1"])], more=[other], **OPEN)
