@@ -145,7 +145,7 @@ def build_corpus(gmt: Sequence[Path], options: BuildOptions) -> Corpus:
     before, left = (count["genes"] for count in builder.counts[-2:])
     if 2 * left < before:
         log(
-            f"{left:,} of {before:,} genes are in {options.min_sets_per_gene} sets or more, and the others are dropped; "
+            f"{left:,} of {before:,} genes are in {options.min_sets_per_gene} sets or more, the others are dropped; "
             "in so small a corpus a lower --min-sets-per-gene keeps more"
         )
     builder.collapse(_in_test_library(builder, options))
