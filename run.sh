@@ -19,13 +19,15 @@ find_python() {
   return 1
 }
 
-# Install once for each state of the project files: the stamp holds their checksums.
+# Install once for each state of the project files: the stamp holds their checksums, its name the extras; more will do.
 set_up() {
   local extras=$1 stamp python
+  for stamp in .venv/.installed-*"$extras"*; do
+    if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(cksum pyproject.toml constraints.txt)" ]; then
+      return
+    fi
+  done
   stamp=".venv/.installed-$extras"
-  if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(cksum pyproject.toml constraints.txt)" ]; then
-    return
-  fi
   python=$(find_python) || exit 2
   echo "setting up .venv with $("$python" --version)" >&2
   if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
@@ -57,7 +59,7 @@ run() {
   fi
   echo "== train: $config" >&2
   .venv/bin/python -m tcc_jax.train "$config"
-  if ! grep -q '"finished"' "$directory/status.json"; then
+  if ! grep -qs '"finished"' "$directory/status.json"; then
     echo "stopped before the last step; the same command goes on from there" >&2
     exit 130
   fi

@@ -70,7 +70,7 @@ class SetNeighbours:
 
     def describe(self) -> str:
         """Return one line with the settings."""
-        sets = f"nearest {self.neighbours:,} training sets"
+        sets = f"nearest {min(self.neighbours, len(self._index)):,} training sets"
         return f"set-kNN: {sets}, idf cosine to the power {self.power:g}, {self.how}"
 
     def similarities(self, ids: np.ndarray) -> np.ndarray:

@@ -59,7 +59,8 @@ class RelevanceModel:
     def describe(self) -> str:
         """Return one line with the settings."""
         return (
-            f"relevance: the {_NEAREST:,} training sets of highest query likelihood, a vote for each visible gene, "
+            f"relevance: the {min(_NEAREST, len(self.index)):,} training sets of highest query likelihood, "
+            "a vote for each visible gene, "
             f"pooled over {len(self.names):,} librar{'y' if len(self.names) == 1 else 'ies'}"
         )
 

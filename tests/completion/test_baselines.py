@@ -99,9 +99,14 @@ def test_tuning_takes_the_best_on_the_validation_split(tmp_path, monkeypatch):
 def test_without_validation_sets_the_defaults_stay(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     corpus = dataclasses.replace(corpus, splits=np.zeros_like(corpus.splits))
-    tuned = baselines.tuned_neighbours(TrainingIndex(corpus), tmp_path / "cache")
+    index = TrainingIndex(corpus)
+    tuned = baselines.tuned_neighbours(index, tmp_path / "cache")
     assert (tuned.neighbours, tuned.power) == (500, 3.0)
-    assert tuned.describe().endswith("nearest 500 training sets, idf cosine to the power 3, untuned: no validation set")
+    # No more sets than there are.
+    nearest = f"nearest {min(500, len(index))} training sets"
+    assert tuned.describe().endswith(f"{nearest}, idf cosine to the power 3, untuned: no validation set")
+    tuned.neighbours = 20_000
+    assert f"nearest {len(index)} training sets" in tuned.describe()
 
 
 def test_set_neighbours_find_the_family(tmp_path):
