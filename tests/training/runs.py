@@ -1,4 +1,4 @@
-"""A configuration small enough to compile and run in seconds, and what such a run left behind."""
+"""A configuration small enough to compile and run in seconds, what disturbs such a run, and what it left behind."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from tcc_jax.config import Config, from_dict
+from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.training import loop
 from tcc_jax.training.checkpoint import restore_state
 from tcc_jax.training.sharding import make_mesh
 from tcc_jax.training.state import abstract_state
@@ -58,3 +60,20 @@ def lines_of(config):
 
 def same_numbers(lines):
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def disturb(patch, step, action):
+    """Do something while `step` (from 1) is under way, as the training batch after it is fetched."""
+
+    class DisturbedSource(BatchSource):
+        def __init__(self, config, corpus, split, *rows):
+            super().__init__(config, corpus, split, *rows)
+            self.split = split
+
+        def batches(self, start_step=0):
+            for number, batch in enumerate(super().batches(start_step), start_step + 1):
+                if self.split == "train" and number == step + 1:
+                    action()
+                yield batch
+
+    patch.setattr(loop, "BatchSource", DisturbedSource)
