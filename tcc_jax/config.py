@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from tcc_jax.terminal import UserError, parse_arguments
 
-# That a step may have.
+# Rows that a step may have.
 MOST_ROWS = 2**20
 
 
