@@ -111,7 +111,7 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
     notes = [*methods.notes, *recorded, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
     if rare_V.any():
-        held, share = vocabulary.counts[rare_V].max(), rare_V.sum() / genes_of(vocabulary.size).sum()
+        held, share = vocabulary.counts[rare_V].max(), int(rare_V.sum()) / len(vocabulary.ids)
         notes.append(f"rare are genes held by at most {held:,} training sets ({share:.0%} of the vocabulary)")
     if corpus is None:
         notes.append(f"{', '.join(methods.left_out)} and the leak report are left out: {missing}")
