@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000"
 WARM_UP = 3
 IGNORED = -100
-# Bytes of our part of a GPU's memory under which a batch is halved: 64 rows of the 120M shape need about 34 GiB of it.
+# Bytes of our part of a GPU's memory under which a batch is halved: 64 rows of the 120M shape need about 34 GiB
+# of it by arithmetic (AOT.md and three states), nobody has run it there.
 SMALLEST_SHARE = 45 * 2**30
 # Both sides; a constant learning rate, since the schedule takes no time.
 ADAMW = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.1, "gradient_clip": 1.0}

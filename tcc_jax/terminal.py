@@ -42,9 +42,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
-        # nohup has SIGHUP ignored: leave it so.
-        taken = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number in [number for number, before in taken.items() if before != signal.SIG_IGN]:
+        # nohup has SIGHUP ignored: leave it so. None is a handler that is not Python's and could not be put back.
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        taken = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+        for number in taken:
             signal.signal(number, _leave)
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             if getattr(sys, name) is None:
@@ -64,8 +65,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}")
         finally:
-            for number, before in taken.items():
-                signal.signal(number, before)
+            for number in taken:
+                signal.signal(number, before[number])
 
     return run
 
