@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 import tcc_jax
-from tcc_jax.completion.baselines import SetNeighbours, popularity
-from tcc_jax.completion.fitting import recall_of_each, validation_masks
-from tcc_jax.completion.index import TrainingIndex
-from tcc_jax.completion.metrics import bootstrap
-from tcc_jax.completion.protocol import MaskedSet
+from tcc_jax.baselines.index import TrainingIndex
+from tcc_jax.baselines.neighbours import SetNeighbours
+from tcc_jax.baselines.popularity import popularity
+from tcc_jax.completion.masks import MaskedSet
+from tcc_jax.completion.tuning import recall_of_each, validation_masks
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.evaluation.metrics import bootstrap
 
 CONFIG = "configs/ablation.toml"
 RESULTS = Path("benchmarks/ablation.json")

@@ -153,7 +153,7 @@ def make_model(shape: dict[str, int], size: int) -> Any:
     from tcc_jax.config import from_dict
     from tcc_jax.corpus.vocabulary import SPECIAL_SYMBOLS, Vocabulary
     from tcc_jax.model.decoder import initial_params
-    from tcc_jax.training.checkpoint import LoadedCheckpoint
+    from tcc_jax.runs.checkpoint import LoadedCheckpoint
 
     config = from_dict({"model": dict(shape), "training": {"row_length": POSITIONS}})
     symbols = (*SPECIAL_SYMBOLS, *(f"G{index}" for index in range(size - NUM_SPECIAL)))

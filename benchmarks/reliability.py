@@ -64,7 +64,7 @@ against a stand-in for the metadata server.
 - SIGTERM in a long compilation: exit 0 at once, no step to save (`test_stop.py`).
 - Two SIGTERM one after the other: ends at once; same bits when it goes on (`test_stop.py`).
 - SIGHUP once or twice (a terminal that closes); under nohup: saves, exit 0; not heard
-  (`tests/training/test_preemption.py`).
+  (`tests/runs/test_preemption.py`).
 - metrics.jsonl ends in what a power cut left: zeros, bytes that are no text, half a line: dropped; same lines
   (`test_metrics.py`).
 - metrics.jsonl emptied: told how many lines are lost; the run goes on (`test_loop.py`).
@@ -150,8 +150,8 @@ def signals(folder: Path, count: int) -> list[dict[str, Any]]:
 
 def damage(folder: Path, count: int) -> list[dict[str, Any]]:
     """Change a checkpoint's files at random and open it."""
+    from tcc_jax.runs.checkpoint import find_checkpoint
     from tcc_jax.terminal import UserError
-    from tcc_jax.training.checkpoint import find_checkpoint
 
     toml, moments = write_run(folder, training={"steps": 60}), random.Random(0)
     with Nursery() as nursery:
@@ -240,8 +240,8 @@ def state(folder: Path, count: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from tcc_jax.config import from_dict
-    from tcc_jax.training.checkpoint import find_checkpoint, restore_state
-    from tcc_jax.training.saving import FORMAT_VERSION, CheckpointWriter
+    from tcc_jax.runs.checkpoint import find_checkpoint, restore_state
+    from tcc_jax.runs.saving import FORMAT_VERSION, CheckpointWriter
     from tcc_jax.training.sharding import make_mesh
     from tcc_jax.training.state import abstract_state, create_state
 

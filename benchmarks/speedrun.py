@@ -22,17 +22,17 @@ import jax
 import tyro
 
 import tcc_jax
-from tcc_jax.completion.metrics import run_method
-from tcc_jax.completion.protocol import DrawnCounts, genes_of, mask_last_genes, read_drawn_counts
-from tcc_jax.completion.ranker import Scorer
+from tcc_jax.baselines import Scorer
 from tcc_jax.completion.sets import GeneFinder, KnownSet, read_sets
 from tcc_jax.config import read_toml
 from tcc_jax.corpus.gmt import Problems
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.symbols import SymbolTable
-from tcc_jax.corpus.vocabulary import Vocabulary
+from tcc_jax.corpus.vocabulary import Vocabulary, genes_of
+from tcc_jax.evaluation.metrics import run_method
+from tcc_jax.evaluation.protocol import DrawnCounts, mask_last_genes, read_drawn_counts
+from tcc_jax.runs.checkpoint import packages
 from tcc_jax.terminal import command, parse_arguments
-from tcc_jax.training.checkpoint import packages
 from tcc_jax.training.flops import flops_per_token
 
 _ALPHA = 0.05

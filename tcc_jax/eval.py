@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tcc_jax.completion.options import REPORT_FILE, EvaluateOptions
+from tcc_jax.evaluation.options import REPORT_FILE, EvaluateOptions
 from tcc_jax.files import atomic_folder
 from tcc_jax.terminal import command, log, parse_arguments
 
@@ -13,7 +13,7 @@ def main() -> None:
     options = parse_arguments(EvaluateOptions, prog="python -m tcc_jax.eval")
     options.check()
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.
-    from tcc_jax.completion.evaluate import evaluate
+    from tcc_jax.evaluation.evaluate import evaluate
 
     with atomic_folder(options.out, marker=REPORT_FILE, replace=options.overwrite) as folder:
         report = evaluate(options, folder)

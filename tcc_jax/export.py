@@ -30,8 +30,8 @@ def main() -> None:
         Options, prog="python -m tcc_jax.export", description="Export a checkpoint as safetensors, JSON and a table."
     )
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.
-    from tcc_jax.training.checkpoint import read_checkpoint
-    from tcc_jax.training.exports import write_export
+    from tcc_jax.runs.checkpoint import read_checkpoint
+    from tcc_jax.runs.exports import write_export
 
     checkpoint = read_checkpoint(options.checkpoint)
     write_export(checkpoint, options.out, options.dtype, overwrite=options.overwrite)

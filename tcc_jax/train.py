@@ -14,8 +14,8 @@ import sys
 
 from tcc_jax.config import parse_command_line
 from tcc_jax.files import cache_folder
+from tcc_jax.runs.preemption import Stop
 from tcc_jax.terminal import command
-from tcc_jax.training.preemption import Stop
 
 
 @command
@@ -28,13 +28,13 @@ def main() -> None:
     _keep_compilations()
     import jax
 
-    from tcc_jax.training.hosts import join_hosts
+    from tcc_jax.runs.hosts import join_hosts
 
     peers = join_hosts(config.hosts)
     with peers or contextlib.nullcontext():
         if jax.default_backend() == "tpu":
             stop.watch_metadata()
-        from tcc_jax.completion.recall import make_recall
+        from tcc_jax.evaluation.recall import make_recall
         from tcc_jax.training.loop import train
 
         train(config, stop, make_recall, peers)

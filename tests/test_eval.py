@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tcc_jax import eval as command
-from tcc_jax.completion.metrics import METRICS, run_method
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
+from tcc_jax.evaluation.metrics import METRICS, run_method
 from tests.completion.tiny import STEP, make_corpus, make_run, write_hgnc
 
 
@@ -126,7 +126,7 @@ def test_all_baselines_sweep_and_noise(folder, monkeypatch, capsys):
 
 def test_points_of_the_curves_that_are_the_evaluation_itself_are_not_run_again(folder, monkeypatch):
     methods, real = [], run_method
-    monkeypatch.setattr("tcc_jax.completion.evaluate.run_method", lambda *a: methods.append(a[0]) or real(*a))
+    monkeypatch.setattr("tcc_jax.evaluation.evaluate.run_method", lambda *a: methods.append(a[0]) or real(*a))
     run(monkeypatch, "--checkpoint", folder / "run", "--seeds", 2, "--sweep", "--noise", "--out", folder / "curves")
     # The evaluation, four more shares and two more of noise.
     assert methods.count("model") == 1 + 4 + 2
@@ -142,8 +142,8 @@ def test_another_seed_fits_nothing_again(folder, monkeypatch):
     arguments = ("--checkpoint", folder / "run", "--seeds", 1, "--baselines", "all", "--autoencoder-steps", 3,
                  "--ease-genes", 40, "--limit", 9)  # fmt: skip
     run(monkeypatch, *arguments, "--out", folder / "seed 0")
-    for fit in ("autoencoder._fit", "baselines._fit_ease", "baselines._tune"):
-        monkeypatch.setattr(f"tcc_jax.completion.{fit}", None)
+    for fit in ("baselines.autoencoder._fit", "baselines.ease._fit_ease", "completion.tuning._tune"):
+        monkeypatch.setattr(f"tcc_jax.{fit}", None)
     run(monkeypatch, *arguments, "--seed", 1, "--out", folder / "seed 1")
 
 
@@ -408,7 +408,7 @@ def test_a_gmt_without_a_usable_set(folder, monkeypatch, capsys, content):
 
 
 def test_an_empty_split(folder, monkeypatch, capsys):
-    monkeypatch.setattr("tcc_jax.completion.evaluate.sets_from_corpus", lambda corpus, split: [])
+    monkeypatch.setattr("tcc_jax.evaluation.evaluate.sets_from_corpus", lambda corpus, split: [])
     error = fails(monkeypatch, capsys, "--checkpoint", folder / "run", "--out", folder / "new")
     assert f"the test split of {folder / 'corpus'} is empty" in error
 

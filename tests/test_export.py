@@ -12,9 +12,9 @@ import safetensors.numpy
 import tcc_jax
 from tcc_jax import export
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.runs.checkpoint import describe, read_checkpoint
+from tcc_jax.runs.saving import CheckpointWriter
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import describe, read_checkpoint
-from tcc_jax.training.saving import CheckpointWriter
 from tcc_jax.training.state import create_state, frequency_bias
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import small_config, small_mesh

@@ -24,11 +24,11 @@ from tcc_jax.config import Config, MeshConfig
 from tcc_jax.corpus.loader import Batch, BatchSource
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.model.decoder import count_parameters
+from tcc_jax.runs.checkpoint import LoadedCheckpoint, describe, restore_state
+from tcc_jax.runs.saving import CheckpointWriter, step_folder
 from tcc_jax.storage import temporary_folder
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import LoadedCheckpoint, describe, restore_state
 from tcc_jax.training.flops import flops_per_token, peak_flops
-from tcc_jax.training.saving import CheckpointWriter, step_folder
 from tcc_jax.training.sharding import make_mesh, shard_batch
 from tcc_jax.training.state import TrainState, create_state
 from tcc_jax.training.step import make_train_step

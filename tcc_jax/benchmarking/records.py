@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from tcc_jax.runs.checkpoint import packages
 from tcc_jax.terminal import UserError, table
-from tcc_jax.training.checkpoint import packages
 
 # What must be the same for two times to be compared.
 _SAME = ("device", "num_devices", "processor", "environment", "versions", "corpus", "config", "steps_per_window")

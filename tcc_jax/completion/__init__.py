@@ -1,1 +1,1 @@
-"""Completion of gene sets: ranker, overlap statistics, baselines and reports."""
+"""Completion of gene sets by a trained decoder: ranker, sampler, mixture, and the overlap that tests them."""

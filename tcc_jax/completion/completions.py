@@ -13,12 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from tcc_jax.completion.index import TrainingIndex
+from tcc_jax.baselines import Scorer
+from tcc_jax.baselines.index import TrainingIndex
+from tcc_jax.baselines.relevance import RelevanceModel
 from tcc_jax.completion.mixture import tuned_mixture
 from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
-from tcc_jax.completion.ranker import Scorer, batched
-from tcc_jax.completion.relevance import RelevanceModel
+from tcc_jax.completion.ranker import batched
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.completion.sets import (
     FoundGene,

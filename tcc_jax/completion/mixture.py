@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import scipy.special
 
-from tcc_jax.completion.fitting import Arrays, cached, recall_of_each, validation_masks
+from tcc_jax.baselines import Scorer
+from tcc_jax.baselines.cache import Arrays, cached
+from tcc_jax.baselines.relevance import RelevanceModel
 from tcc_jax.completion.model import Model
-from tcc_jax.completion.protocol import genes_of
-from tcc_jax.completion.ranker import Scorer, batched
-from tcc_jax.completion.relevance import RelevanceModel
+from tcc_jax.completion.ranker import batched
+from tcc_jax.completion.tuning import recall_of_each, validation_masks
+from tcc_jax.corpus.vocabulary import genes_of
 from tcc_jax.terminal import progress
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -40,7 +42,7 @@ class Mixture:
         self._model, self._retrieval, self.weight, self._how = model, retrieval, weight, how
 
     def __call__(self, visible: Sequence[np.ndarray]) -> np.ndarray:
-        """Score [n, V] float32, as a `ranker.Scorer`; -inf for visible genes and special ids."""
+        """Score [n, V] float32, as a `baselines.Scorer`; -inf for visible genes and special ids."""
         return _mix(*_parts(self._model(visible), self._retrieval(visible), visible), self.weight)
 
     def describe(self) -> str:

@@ -18,16 +18,17 @@ import numpy as np
 import scipy.special
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tcc_jax.completion.ranker import Scorer, batched, power_of_two, rank, row_bucket
+from tcc_jax.baselines import Scorer
+from tcc_jax.completion.ranker import batched, power_of_two, rank, row_bucket
 from tcc_jax.completion.sampler import Sampler, Sampling
 from tcc_jax.config import ModelConfig
 from tcc_jax.corpus.store import Corpus, open_corpus
 from tcc_jax.corpus.symbols import SymbolTable
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD, START, Vocabulary
 from tcc_jax.model.decoder import Params, merge
+from tcc_jax.runs.checkpoint import LoadedCheckpoint, read_checkpoint
 from tcc_jax.storage import as_path, check_bucket
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import LoadedCheckpoint, read_checkpoint
 
 Symbols = list[str] | tuple[str, ...] | np.ndarray
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tcc_jax.baselines import Scorer
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, PAD
 
 T = TypeVar("T")
-Scorer = Callable[[Sequence[np.ndarray]], jax.Array | np.ndarray]
-"""n arrays of visible gene ids -> [n, V] scores, any float type, higher is better; only their order matters."""
+_LAST = np.iinfo(np.int64).max
+_ID_BITS = 32
 
 # Sets scored at once: [256, V] float32 is 46 MB at 44,902 symbols.
 _BATCH = 256
@@ -93,6 +95,59 @@ def top_genes(
     log_total_B1 = jax.nn.logsumexp(candidates_BV, axis=1, keepdims=True)
     # With no candidate left the total is log(0), and -inf - -inf no number.
     return ids_BK, jnp.where(found_BK, jnp.exp(top_BK - log_total_B1), 0.0), found_BK.sum(axis=1)
+
+
+def rank_keys(scores_BV: np.ndarray, visible: Sequence[np.ndarray], candidates_V: np.ndarray) -> np.ndarray:
+    """Turn scores into integers that sort as the ranking does: best first, the lower id first where scores are equal.
+
+    That is the order of `rank`; ids go by falling popularity.
+
+    Args:
+        scores_BV: float, higher is better; finite or infinite.
+        visible: for each row the ids that can't be drawn.
+        candidates_V: [V] bool, ids that can be drawn.
+
+    Returns:
+        keys_BV, int64: the id in the low 32 bits; the largest int64 for what can't be drawn.
+
+    Raises:
+        ValueError: a score is not a number.
+    """
+    # Adding 0 makes -0 equal to 0, whose bits differ.
+    scores_BV = np.asarray(scores_BV, np.float32) + np.float32(0)
+    if np.isnan(scores_BV).any():
+        raise ValueError("a score is not a number")
+    # The bits of a float32 as an integer ascend with the number, once those of negative numbers are turned round.
+    bits_BV = scores_BV.view(np.int32)
+    bits_BV ^= (bits_BV >> 31) & np.int32(0x7FFFFFFF)
+    keys_BV = (~bits_BV).astype(np.int64) << _ID_BITS
+    keys_BV |= np.arange(scores_BV.shape[1])
+    keys_BV[:, ~candidates_V] = _LAST
+    for row, ids in enumerate(visible):
+        keys_BV[row, ids] = _LAST
+    return keys_BV
+
+
+def recall_among(keys: np.ndarray, hidden_keys: np.ndarray) -> float:
+    """Return the share of m hidden genes that are among the m best of all `keys`, theirs included; nan if m is 0."""
+    count = len(hidden_keys)
+    return float(np.mean(hidden_keys <= np.partition(keys, count - 1)[count - 1])) if count else math.nan
+
+
+def best_ids(sorted_keys: np.ndarray, count: int) -> np.ndarray:
+    """Return the int32 ids of the `count` best candidates (fewer if there are not that many) of one sorted row."""
+    best = sorted_keys[:count]
+    return (best[best != _LAST] & (2**_ID_BITS - 1)).astype(np.int32)
+
+
+def ranks_of(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the ranks from 1, ascending, of the genes with the given keys, in one sorted row; int64."""
+    return np.sort(np.searchsorted(sorted_keys, keys) + 1)
+
+
+def num_candidates(sorted_keys: np.ndarray) -> int:
+    """Return how many genes of one sorted row could be drawn."""
+    return int(np.searchsorted(sorted_keys, _LAST))
 
 
 def power_of_two(count: int) -> int:

@@ -72,3 +72,8 @@ class Vocabulary:
             raise UserError(f"{path}: no such file; the vocabulary is missing") from None
         except (ValueError, OverflowError):
             raise UserError(f"{path}: not a vocabulary ({', '.join(HEADER)}); prepare the corpus again") from None
+
+
+def genes_of(num_ids: int) -> np.ndarray:
+    """Return [V] bool: the ids of a vocabulary that are genes, not special."""
+    return np.arange(num_ids) >= NUM_SPECIAL

@@ -1,6 +1,6 @@
 """The training loop: dispatch a step, send the next batch, read older metrics, so that the device never waits.
 
-A run lives in one directory (`tcc_jax.training.run_directory`); an existing one resumes. A run killed at any moment and
+A run lives in one directory (`tcc_jax.runs.run_directory`); an existing one resumes. A run killed at any moment and
 started again ends with the same bits as one that was never stopped: the batch is a function of the step, randomness of
 the seed and the step, and a checkpoint holds the state and the sums of the metrics line it falls into. A GPU promises
 the same bits twice only with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
@@ -28,9 +28,7 @@ from tcc_jax.corpus.loader import Batch, BatchSource
 from tcc_jax.corpus.spectral import spectral_vectors
 from tcc_jax.corpus.store import Corpus, open_corpus
 from tcc_jax.model.decoder import count_parameters
-from tcc_jax.storage import as_path
-from tcc_jax.terminal import UserError, progress
-from tcc_jax.training.checkpoint import (
+from tcc_jax.runs.checkpoint import (
     check_same_run,
     describe,
     find_checkpoint,
@@ -38,12 +36,15 @@ from tcc_jax.training.checkpoint import (
     read_checkpoint,
     restore_state,
 )
-from tcc_jax.training.hosts import Agreement, Peers
+from tcc_jax.runs.hosts import Peers
+from tcc_jax.runs.preemption import Stop
+from tcc_jax.runs.run_directory import METRICS_FILE, RunDirectory, check_shared, open_run_directory
+from tcc_jax.runs.saving import CheckpointWriter, best_step, read_record, step_folder, whole_steps
+from tcc_jax.storage import as_path
+from tcc_jax.terminal import UserError, progress
+from tcc_jax.training.agreement import Agreement
 from tcc_jax.training.metrics import Profile, model_flops_utilization
-from tcc_jax.training.preemption import Stop
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
-from tcc_jax.training.run_directory import METRICS_FILE, RunDirectory, check_shared, open_run_directory
-from tcc_jax.training.saving import CheckpointWriter, best_step, read_record, step_folder, whole_steps
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
 from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step

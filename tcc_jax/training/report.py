@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tcc_jax.config import Config
+from tcc_jax.runs.run_directory import RunDirectory
 from tcc_jax.storage import replace_text
 from tcc_jax.terminal import Advance, UserError
 from tcc_jax.training.metrics import SpikeDetector, Window, memory_bytes
-from tcc_jax.training.run_directory import RunDirectory
 
 _FLUSH_SECONDS = 5.0
 # In place of a line cut short by a kill.

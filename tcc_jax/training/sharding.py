@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tcc_jax.config import Config
 from tcc_jax.terminal import UserError
@@ -155,8 +155,3 @@ def spread_heads(attend: Callable, mesh: Mesh) -> Callable:
     """Return an attention function that runs on each device's own rows and heads, as kernels must."""
     heads, rows = PartitionSpec(_ROWS, None, "tensor", None), PartitionSpec(_ROWS)
     return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-
-
-def with_sharding(abstract: Any, sharding: Sharding) -> Any:
-    """Return a tree of `jax.ShapeDtypeStruct` whose arrays are to be made with `sharding`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)

@@ -3,14 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tcc_jax.baselines import relevance
+from tcc_jax.baselines.index import TrainingIndex
+from tcc_jax.baselines.relevance import RelevanceModel
 from tcc_jax.completion import mixture as module
-from tcc_jax.completion import relevance
-from tcc_jax.completion.fitting import validation_masks
-from tcc_jax.completion.index import TrainingIndex
 from tcc_jax.completion.mixture import WEIGHTS, Mixture, tuned_mixture
 from tcc_jax.completion.model import load
 from tcc_jax.completion.ranker import rank
-from tcc_jax.completion.relevance import RelevanceModel
+from tcc_jax.completion.tuning import validation_masks
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tests.completion.tiny import make_corpus, make_run
 

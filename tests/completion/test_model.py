@@ -11,8 +11,8 @@ from tcc_jax.completion.model import Model
 from tcc_jax.completion.sampler import Sampling
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, START
 from tcc_jax.model.decoder import initial_params, merge
+from tcc_jax.runs.checkpoint import read_checkpoint
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import read_checkpoint
 from tests.completion.tiny import STEP, make_corpus, make_run
 
 ROW_LENGTH = 32

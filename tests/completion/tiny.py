@@ -11,8 +11,8 @@ from tcc_jax.config import Config, from_dict
 from tcc_jax.corpus.store import SPLITS, Corpus, open_corpus, write_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, SPECIAL_SYMBOLS, Vocabulary
 from tcc_jax.model.decoder import initial_params
-from tcc_jax.training.checkpoint import VOCABULARY_FILE, describe
-from tcc_jax.training.saving import CheckpointWriter
+from tcc_jax.runs.checkpoint import VOCABULARY_FILE, describe
+from tcc_jax.runs.saving import CheckpointWriter
 
 NUM_GENES, FAMILY = 60, 20
 STEP = 7

@@ -97,7 +97,7 @@ class Child:
 
 def _serve() -> None:
     import tcc_jax.completion.model
-    import tcc_jax.completion.protocol
+    import tcc_jax.evaluation.protocol
     import tcc_jax.training.loop  # noqa: F401
     from tcc_jax import train
 

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from tcc_jax.config import Config, from_dict
 from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.runs.checkpoint import restore_state
 from tcc_jax.training import loop
-from tcc_jax.training.checkpoint import restore_state
 from tcc_jax.training.sharding import make_mesh
 from tcc_jax.training.state import abstract_state
 from tests.integration.runs import CLOCK

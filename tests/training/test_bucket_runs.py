@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.runs.checkpoint import find_checkpoint, read_checkpoint, restore_state
+from tcc_jax.runs.exports import write_export
+from tcc_jax.runs.saving import whole_steps
 from tcc_jax.storage import as_path
 from tcc_jax.terminal import UserError
-from tcc_jax.training.checkpoint import find_checkpoint, read_checkpoint, restore_state
-from tcc_jax.training.exports import write_export
 from tcc_jax.training.loop import train
-from tcc_jax.training.saving import whole_steps
 from tcc_jax.training.state import abstract_state
 from tests.fake_gcs import empty_bucket
 from tests.training.runs import small_config, small_mesh

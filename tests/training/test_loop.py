@@ -12,10 +12,10 @@ import pytest
 from tcc_jax.config import from_dict
 from tcc_jax.corpus.loader import BatchSource
 from tcc_jax.corpus.store import open_corpus
+from tcc_jax.runs.checkpoint import latest_step
 from tcc_jax.terminal import UserError
 from tcc_jax.training import loop
 from tcc_jax.training import step as step_module
-from tcc_jax.training.checkpoint import latest_step
 from tcc_jax.training.loop import train
 from tcc_jax.training.optimizer import learning_rate
 from tests.training.runs import config_of, disturb, lines_of, same_numbers, state_at

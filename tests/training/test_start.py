@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from tcc_jax.runs.locks import flock
 from tcc_jax.terminal import UserError
 from tcc_jax.training import loop
-from tcc_jax.training.locks import flock
 from tcc_jax.training.loop import train
 from tests.training.corpora import write_small_corpus
 from tests.training.runs import config_of, lines_of, same_numbers, small_config, state_at

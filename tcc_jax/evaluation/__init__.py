@@ -1,0 +1,1 @@
+"""What `eval` does: mask sets, complete them by each method, measure, report."""
