@@ -15,11 +15,11 @@ import pytest
 
 from tcc_jax.runs import saving
 from tcc_jax.runs.checkpoint import latest_step
-from tcc_jax.runs.hosts import Agreement
 from tcc_jax.runs.preemption import Stop
 from tcc_jax.runs.saving import whole_steps
 from tcc_jax.terminal import UserError
 from tcc_jax.training import loop
+from tcc_jax.training.agreement import Agreement
 from tcc_jax.training.loop import train
 from tcc_jax.training.sharding import shard_batch
 from tests.training.runs import config_of, disturb, lines_of, same_numbers, state_at
