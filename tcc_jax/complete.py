@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from tcc_jax.completion.options import CompleteOptions, Format
+from tcc_jax.files import keep_compilations
 from tcc_jax.terminal import command, parse_arguments
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     """Run the command."""
     options = parse_arguments(CompleteOptions, prog="python -m tcc_jax.complete")
     options.check()
+    keep_compilations()
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.
     from tcc_jax.completion.completions import write_completions
 

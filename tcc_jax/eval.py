@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tcc_jax.evaluation.options import REPORT_FILE, EvaluateOptions
-from tcc_jax.files import atomic_folder
+from tcc_jax.files import atomic_folder, keep_compilations
 from tcc_jax.terminal import command, log, parse_arguments
 
 
@@ -12,6 +12,7 @@ def main() -> None:
     """Run the command."""
     options = parse_arguments(EvaluateOptions, prog="python -m tcc_jax.eval")
     options.check()
+    keep_compilations()
     # Imported here: --help and mistakes answer before the seconds that jax takes to import.
     from tcc_jax.evaluation.evaluate import evaluate
 

@@ -32,6 +32,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcc_jax"
 
 
+def keep_compilations() -> None:
+    """Have JAX, which is not imported yet, keep what it compiles for the next time; what the environment says wins."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compilations"))
+    # The programs of a completion compile in less than the second that JAX would ask for.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
 def open_binary(path: str | Path) -> IO[bytes]:
     """Open a plain, .gz or .xz file (by its ending) for reading bytes."""
     suffix = Path(path).suffix.lower()

@@ -9,11 +9,10 @@ configuration or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_I
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 
 from tcc_jax.config import parse_command_line
-from tcc_jax.files import cache_folder
+from tcc_jax.files import keep_compilations
 from tcc_jax.runs.preemption import Stop
 from tcc_jax.terminal import command
 
@@ -25,7 +24,7 @@ def main() -> None:
     # From here on, before the seconds that tyro and jax take to import, and to the end of the process.
     stop.hear_signals()
     config = parse_command_line(sys.argv[1:], command="train")
-    _keep_compilations()
+    keep_compilations()
     import jax
 
     from tcc_jax.runs.hosts import join_hosts
@@ -38,10 +37,6 @@ def main() -> None:
         from tcc_jax.training.loop import train
 
         train(config, stop, make_recall, peers)
-
-
-def _keep_compilations() -> None:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compilations"))
 
 
 if __name__ == "__main__":

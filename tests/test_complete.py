@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -207,6 +208,15 @@ def test_an_input_is_not_replaced(folder, monkeypatch, capsys, tmp_path):
     with open(tmp_path / "in.gmt") as file:
         done = subprocess.run(command, stdin=file, capture_output=True, text=True)
     assert done.returncode == 2 and "is an input" in done.stderr
+
+
+def test_the_next_completion_finds_what_this_one_compiled(folder, tmp_path):
+    environment = {name: text for name, text in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "tcc_jax.complete", "G3", "--checkpoint", folder / "run", "--number", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "tcc_jax" / "compilations").glob("jit_top_genes-*"))
 
 
 def test_standard_input(folder, monkeypatch, capsys):

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from tcc_jax.baselines.cache import cached
-from tcc_jax.files import cache_folder
 
 
 def fits(values):
@@ -47,11 +46,3 @@ def test_a_failed_fit_leaves_nothing(tmp_path):
     with pytest.raises(MemoryError):
         cached(tmp_path / "new", "name", {}, lambda: (_ for _ in ()).throw(MemoryError))
     assert not (tmp_path / "new").exists()
-
-
-def test_the_cache_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "tcc_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "tcc_jax"
