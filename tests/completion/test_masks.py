@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion.masks import mask_sets
-from tcc_jax.completion.sets import OUTSIDE, FoundGene, KnownSet
+from tcc_jax.completion.sets import KnownSet
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL, genes_of
 
 GENES = genes_of(NUM_SPECIAL + 1500)
@@ -10,12 +10,6 @@ GENES = genes_of(NUM_SPECIAL + 1500)
 
 def known_set(length, outside=0, start=NUM_SPECIAL):
     return KnownSet(f"set of {length}", "lib", np.arange(start, start + length, dtype=np.int32), outside)
-
-
-def set_on_a_line(name, *ids):
-    line = np.array(ids, np.int32)
-    symbols = tuple(FoundGene(str(id_), None, "", None if id_ == OUTSIDE else id_) for id_ in ids)
-    return KnownSet(name, "lib", np.unique(line[line != OUTSIDE]), int((line == OUTSIDE).sum()), symbols)
 
 
 @pytest.mark.parametrize(("length", "visible"), [(2, 1), (3, 1), (7, 1), (8, 2), (12, 2), (13, 3), (1000, 200)])

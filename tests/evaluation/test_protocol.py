@@ -2,15 +2,10 @@ import numpy as np
 import pytest
 
 from tcc_jax.completion.sets import OUTSIDE, FoundGene, KnownSet
-from tcc_jax.corpus.vocabulary import NUM_SPECIAL, genes_of
+from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.evaluation.protocol import DrawnCounts, mask_last_genes, rarest_third, read_drawn_counts
 from tcc_jax.terminal import UserError
-
-GENES = genes_of(NUM_SPECIAL + 1500)
-
-
-def known_set(length, outside=0, start=NUM_SPECIAL):
-    return KnownSet(f"set of {length}", "lib", np.arange(start, start + length, dtype=np.int32), outside)
+from tests.completion.test_masks import known_set
 
 
 def set_on_a_line(name, *ids):
