@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tcc_jax.evaluation.options import REPORT_FILE, EvaluateOptions
 from tcc_jax.files import atomic_folder, keep_compilations
-from tcc_jax.terminal import command, log, parse_arguments
+from tcc_jax.terminal import command, log, log_lines, parse_arguments
 
 
 @command
@@ -20,6 +20,7 @@ def main() -> None:
         report = evaluate(options, folder)
     # Only now: a reader that has seen enough must not cost a finished evaluation.
     print(report.text())
+    log_lines(report.unread)
     log(f"report in {options.out}")
 
 

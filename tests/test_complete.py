@@ -144,8 +144,10 @@ def test_a_gmt_file_streams_and_one_bad_set_does_not_stop_the_rest(folder, monke
         "OLD1 is G1 (previous)",
         "XX is not in the vocabulary; left out",
         "TWO is ambiguous",
-        "1 of 3 sets could not be completed:",
+        "3 of 5 sets could not be completed:",
         "  bad: no known gene",
+        "  short: no gene",
+        "  empty: no gene",
     ):
         assert any(line.startswith(text) for line in notes), text
 
@@ -163,7 +165,8 @@ def test_formats(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     document = json.loads((folder / "out.json").read_text())
     assert document["format_version"] == 1 and document["checkpoint"]["step"] == 7
-    one, bad, two = document["sets"]
+    one, bad, short, empty, two = document["sets"]
+    assert (short["set"], short["problem"]) == ("short", "no gene") == ("short", empty["problem"])
     assert (one["visible"], two["visible"]) == (["G1", "G2"], ["G1", "G9"])
     assert bad["problem"] == "no known gene" and bad["proposals"] == [] and one["problem"] is None
     assert {"written": "OLD1", "symbol": "G1", "how": "previous", "used": True} in two["symbols"]

@@ -52,11 +52,13 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     out = folder / "deep/report"
     report = json.loads((out / "report.json").read_text())
     rows = read_table(out / "per_set.tsv")
-    assert report["format_version"] == 3 and report["checkpoint"]["step"] == STEP
+    assert report["format_version"] == 4 and report["checkpoint"]["step"] == STEP
     assert report["sets_evaluated"] == 27 and len(rows) == 3 * 27 and report["skipped"] == []
-    for name in (*METRICS, "rare_recall", "nats_per_hidden_gene", "popularity_ndcg_at_100"):
-        assert name in rows[0]
-    assert all(float(row["precision_at_10"]) * 10 <= float(row["hits"]) for row in rows if int(row["drawn"]) >= 10)
+    for name in (*METRICS, "rare_recall", "nats_per_hidden_gene", "auroc_over_popularity"):
+        assert f"model_{name}" in rows[0] and (f"popularity_{name}" in rows[0]) == ("nats" not in name)
+    assert all(
+        float(row["model_precision_at_10"]) * 10 <= float(row["model_hits"]) for row in rows if int(row["drawn"]) >= 10
+    )
     methods = {row["method"]: row for row in report["methods"]}
     assert list(methods) == ["model", "popularity", "random", "set-kNN", "relevance"]
     assert report["left_out"] == dict.fromkeys(["EASE", "auto-encoder"], "run with --baselines all")
@@ -64,7 +66,7 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     recalls = {name: row["metrics"]["recall"] for name, row in methods.items()}
     assert recalls["set-kNN"]["mean"] > 0.25 > recalls["random"]["mean"]
     for name, prefix in (
-        ("model", ""),
+        ("model", "model_"),
         ("popularity", "popularity_"),
         ("set-kNN", "set_knn_"),
         ("relevance", "relevance_"),
@@ -134,8 +136,8 @@ def test_points_of_the_curves_that_are_the_evaluation_itself_are_not_run_again(f
     first = [row for row in rows if row["seed"] == "0"]
     for row in (report["curves"]["noise"][0], report["curves"]["sweep"][2 * 5]):
         assert row["method"] == "model"
-        np.testing.assert_allclose(row["recall"], np.mean([float(one["recall"]) for one in first]), rtol=1e-6)
-        assert row["significant"] == sum(one["significant"] == "yes" for one in first)
+        np.testing.assert_allclose(row["recall"], np.mean([float(one["model_recall"]) for one in first]), rtol=1e-6)
+        assert row["significant"] == sum(one["model_significant"] == "yes" for one in first)
 
 
 def test_another_seed_fits_nothing_again(folder, monkeypatch):
@@ -176,7 +178,7 @@ def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
     assert "1 sets show more than 31 genes: the model sees a random subset" in capsys.readouterr().out
     # Six are left, and all of them are drawn: the genes that the model was not shown stay visible.
     row = read_table(folder / "long/per_set.tsv")[0]
-    assert (row["visible"], row["hits"], row["drawn"]) == ("54", "6", "6")
+    assert (row["visible"], row["model_hits"], row["drawn"]) == ("54", "6", "6")
 
 
 def tcc_files(folder, name, universe=100):
@@ -206,7 +208,7 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts, universe):
     assert [int(row["drawn"]) for row in rows] == counts and [int(row["hidden"]) for row in rows] == [3, 2, 3]
     assert [int(row["visible"]) for row in rows] == [2, 1, 0] and {row["library"] for row in rows} == {"TheLibrary"}
     if drawn == "recorded":
-        assert float(rows[1]["log10_p"]) == 0 and rows[1]["recall"] == "0"
+        assert float(rows[1]["model_log10_p"]) == 0 and rows[1]["model_recall"] == "0"
         assert "1 sets, for which the original drew nothing, have p = 1" in " ".join(report["notes"])
     shown = capsys.readouterr().out
     assert f"the recorded universe is {universe}, and 60 genes can be drawn" in shown
@@ -283,10 +285,10 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     report = json.loads((folder / "awkward/report.json").read_text())
     rows = read_table(folder / "awkward/per_set.tsv")
     assert [row["name"] for row in rows] == ["../a/b", "old, ambiguous, absent", "everything"]
-    assert [one["name"] for one in report["skipped"]] == ["one gene", "none"]
+    assert [one["name"] for one in report["skipped"]] == ["one gene", "none", "empty"]
     # OLD1 and G1 are one gene; TWO, G99 and NOPE are left out and counted.
     assert (rows[1]["visible"], rows[1]["hidden"], rows[1]["outside_vocabulary"]) == ("1", "2", "3")
-    assert rows[2]["visible"] == "12" and rows[2]["hits"] == "48" and float(rows[2]["log10_p"]) == 0
+    assert rows[2]["visible"] == "12" and rows[2]["model_hits"] == "48" and float(rows[2]["model_log10_p"]) == 0
     assert list(report["left_out"]) == ["set-kNN", "relevance", "EASE", "auto-encoder"] and report["leaks"] is None
     assert [row["method"] for row in report["methods"]] == ["model", "popularity", "random"]
     symbols = report["source"]["symbols"]
@@ -296,10 +298,11 @@ def test_gmt_with_awkward_sets_and_without_the_corpus(folder, monkeypatch, capsy
     # 12 of the 60 genes are shown, as many as fit; the whole vocabulary leaves nothing to be wrong about.
     shown = capsys.readouterr()
     assert "set-kNN: left out, the corpus" in shown.out and "the leak report are left out" in shown.out
-    assert shown.err.splitlines()[-4:-1] == [
+    assert shown.err.splitlines()[-5:-1] == [
         f"sets without genes: 1 (first: {gmt}:5)",
         "skipped awkward/one gene: 1 of its 2 genes in the vocabulary; 2 are needed",
         "skipped awkward/none: 0 of its 2 genes in the vocabulary; 2 are needed",
+        "skipped awkward/empty: no gene",
     ]
 
 

@@ -100,13 +100,13 @@ def read_sets(
         library_from: a set's library is the file's name, or its description (the file's name where that is empty).
 
     Yields:
-        The sets in file order, also those without a known gene.
+        The sets in file order, also those without a known gene, or without any.
 
     Raises:
         UserError: a file is missing or holds no usable set.
     """
     for path in find_gmt_files(paths):
-        for gene_set in read_gmt(path, problems):
+        for gene_set in read_gmt(path, problems, keep_empty=True):
             library = gene_set.description if library_from == "description" else ""
             yield finder.known_set(gene_set.name, library or library_name(path), gene_set.genes)
 
@@ -131,7 +131,7 @@ def read_stream(stream: Iterator[bytes], finder: GeneFinder, problems: Problems)
         text = b"".join(lines).decode("utf-8-sig", errors="replace")
         yield finder.known_set("standard input", "", split_symbols(text))
         return
-    for gene_set in read_lines(lines, "standard input", problems):
+    for gene_set in read_lines(lines, "standard input", problems, keep_empty=True):
         yield finder.known_set(gene_set.name, "standard input", gene_set.genes)
 
 

@@ -106,7 +106,7 @@ def _library(path: Path) -> str | None:
     return None
 
 
-def read_gmt(path: str | Path, problems: Problems | None = None) -> Iterator[GeneSet]:
+def read_gmt(path: str | Path, problems: Problems | None = None, keep_empty: bool = False) -> Iterator[GeneSet]:
     """Read a GMT file, plain, .gz or .xz, as `read_lines` does.
 
     Raises:
@@ -115,7 +115,7 @@ def read_gmt(path: str | Path, problems: Problems | None = None) -> Iterator[Gen
     library_name(path)
     try:
         with open_binary(path) as file:
-            yield from read_lines(file, str(path), problems or Problems())
+            yield from read_lines(file, str(path), problems or Problems(), keep_empty)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
@@ -124,13 +124,14 @@ def read_gmt(path: str | Path, problems: Problems | None = None) -> Iterator[Gen
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
 
 
-def read_lines(lines: Iterable[bytes], source: str, problems: Problems) -> Iterator[GeneSet]:
+def read_lines(lines: Iterable[bytes], source: str, problems: Problems, keep_empty: bool = False) -> Iterator[GeneSet]:
     """Read the lines of a GMT file one by one.
 
     Args:
         lines: the lines, from the first on.
         source: where they come from, for messages.
         problems: where malformed lines, repeated genes and Latin-1 lines are counted; nothing of them is silent.
+        keep_empty: also yield what has a name and no gene, so that it can be listed.
 
     Yields:
         One `GeneSet` a usable line, in file order. Weights are taken off, repeated genes kept once.
@@ -141,8 +142,8 @@ def read_lines(lines: Iterable[bytes], source: str, problems: Problems) -> Itera
     usable = 0
     for number, line in _decoded(lines, source, problems):
         gene_set = _parse(line, f"{source}:{number}", problems)
-        if gene_set is not None:
-            usable += 1
+        usable += bool(gene_set.genes)
+        if gene_set.genes or (keep_empty and gene_set.name):
             yield gene_set
     if not usable:
         first = f" ({problems.lines()[0]})" if problems.counts else ""
@@ -187,23 +188,22 @@ def _unquoted(text: str) -> str:
     return _QUOTED.sub(r"\1", text.strip()).strip()
 
 
-def _parse(line: str, where: str, problems: Problems) -> GeneSet | None:
+def _parse(line: str, where: str, problems: Problems) -> GeneSet:
     if not line.strip():
-        return None
+        return GeneSet("", "", ())
     fields = line.split("\t")
     name = _unquoted(fields[0])
     if len(fields) < 3:
         problems.add("lines with fewer than three columns", where)
-        return None
+        return GeneSet(name, "", ())
     if not name:
         problems.add("lines without a set name", where)
-        return None
+        return GeneSet("", "", ())
     genes = [_clean[field] for field in fields[2:]]
     unique = dict.fromkeys(genes)
     unique.pop("", None)
     if not unique:
         problems.add("sets without genes", where)
-        return None
     repeated = len(genes) - genes.count("") - len(unique)
     if repeated:
         problems.add("genes repeated within a set", where, repeated)

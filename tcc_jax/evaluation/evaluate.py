@@ -82,9 +82,10 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     if options.background is not None:
         candidates_V = read_background(options.background, finder)
     trials, skipped, recorded = _mask(options, sets, candidates_V)
+    unread = [*problems.lines(), *_skipped_lines(skipped)]
     if not trials[0]:
         where = ", ".join(options.gmt) or f"the {options.split} split of {corpus and corpus.path}"
-        _list_skipped(skipped, problems)
+        log_lines(unread)
         raise UserError(f"{where}: no set has two genes in the model's vocabulary")
     index = None if corpus is None else TrainingIndex(corpus)
     methods = _methods(options, model, index, missing)
@@ -105,7 +106,7 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
         with progress("leak report", len(trials[0])) as advance:
             jaccard = index.best_jaccard([sets[one.place].ids for one in trials[0]], advance)
     cut = sum(len(one.visible) > model.prompt_limit for one in trials[0])
-    notes = [*methods.notes, *recorded, *_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit)]
+    notes = [*_notes(options, trials[0], int(candidates_V.sum()), cut, model.prompt_limit), *recorded, *methods.notes]
     if rare_V.any():
         held, share = vocabulary.counts[rare_V].max(), int(rare_V.sum()) / len(vocabulary.ids)
         notes.append(f"rare are genes held by at most {held:,} training sets ({share:.0%} of the vocabulary)")
@@ -128,9 +129,10 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
         "prompts_cut": cut,
         "skipped": [{"name": known.name, "library": known.library, "reason": reason} for known, reason in skipped],
     }
-    report = Report(outcomes, trials, options.alpha, options.seed, jaccard, methods.left_out, curves, notes, details)
+    report = Report(
+        outcomes, trials, options.alpha, options.seed, jaccard, methods.left_out, curves, notes, unread, details
+    )
     write_report(folder, report, vocabulary, f"completed by tcc_jax step {checkpoint.step}", with_plots)
-    _list_skipped(skipped, problems)
     return report
 
 
@@ -228,7 +230,12 @@ def _run(
 def _notes(options: EvaluateOptions, sets: list[MaskedSet], candidates: int, cut: int, limit: int) -> list[str]:
     notes = []
     outside = sum(one.outside for one in sets)
-    if options.protocol == "tcc":
+    if options.protocol == "default":
+        notes.append(
+            f"a random {options.visible:.0%} of the genes of each set are visible, at least one, and as many are drawn "
+            f"as are hidden; the universe is the {candidates:,} genes that can be drawn, less the visible ones"
+        )
+    else:
         nothing = sum(not one.drawn_count for one in sets)
         missed = sum(one.hidden_count - len(one.hidden) for one in sets)
         universe = max(one.universe for one in sets)
@@ -239,25 +246,24 @@ def _notes(options: EvaluateOptions, sets: list[MaskedSet], candidates: int, cut
         notes.append(f"{missed:,} hidden genes are outside the vocabulary or written twice; they count as missed")
         if nothing:
             notes.append(f"{nothing:,} sets, for which the original drew nothing, have p = 1 and stay")
-    elif outside:
+    if options.protocol == "default" and outside:
         notes.append(f"{outside:,} genes outside the vocabulary are neither visible nor hidden")
     if options.background is not None:
         others = sum(one.outside_background for one in sets)
         notes.append(
-            f"the universe is the {candidates:,} genes of the background that the model knows; {others:,} genes of the "
-            "vocabulary outside it are neither visible nor hidden"
+            f"the model knows {candidates:,} genes of the background; {others:,} genes of the vocabulary outside it are"
+            " neither visible nor hidden"
         )
     if cut:
         notes.append(f"{cut:,} sets show more than {limit:,} genes: the model sees a random subset of these")
     return notes
 
 
-def _list_skipped(skipped: list[Skipped], problems: Problems) -> None:
-    log_lines(problems.lines())
-    for known, reason in skipped[:_SKIPPED_SHOWN]:
-        log(f"skipped {known.library}/{known.name}: {reason}")
+def _skipped_lines(skipped: list[Skipped]) -> list[str]:
+    lines = [f"skipped {known.library}/{known.name}: {reason}" for known, reason in skipped[:_SKIPPED_SHOWN]]
     if len(skipped) > _SKIPPED_SHOWN:
-        log(f"skipped {len(skipped):,} sets in all; report.json lists them")
+        lines.append(f"skipped {len(skipped):,} sets in all; report.json lists them")
+    return lines
 
 
 def _versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ img { max-width: 100%; }
 
 
 def write_page(path: Path, report: Report, plots: Sequence[Plot]) -> None:
-    """Write the page: what was evaluated, the notes, the tables, the plots and the sets that were skipped.
+    """Write the page: what was evaluated, the tables, each plot near its own, and what was left out.
 
     Nothing beside it is needed, every name that comes from data is escaped, and no script runs.
 
@@ -40,16 +40,17 @@ def write_page(path: Path, report: Report, plots: Sequence[Plot]) -> None:
         report: what to show.
         plots: the plots to embed, drawn in the file's folder.
     """
-    title = "Completion of gene sets"
+    title, tables = "Completion of gene sets", report.tables()
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.notes)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
         _evaluated(report.details),
-        *(f"<p>{html.escape(note)}</p>" for note in report.notes),
-        *(_html_table(one) for one in report.tables()),
-        *(_figure(plot, path.parent) for plot in plots),
-        _skipped(report),
+        *(part for one in tables[:1] for part in _with_plots(one, plots, path.parent)),
+        f"<h2>What must be known of these numbers</h2><ul>{notes}</ul>" if notes else "",
+        *(part for one in tables[1:] for part in _with_plots(one, plots, path.parent)),
+        _left_out(report),
         "</body></html>",
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -89,6 +90,11 @@ def _html_table(table: Table) -> str:
     return f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
+def _with_plots(table: Table, plots: Sequence[Plot], folder: Path) -> Iterator[str]:
+    yield _html_table(table)
+    yield from (_figure(plot, folder) for plot in plots if plot.name in table.plots)
+
+
 def _figure(plot: Plot, folder: Path) -> str:
     image = base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
     caption = html.escape(plot.caption)
@@ -96,7 +102,9 @@ def _figure(plot: Plot, folder: Path) -> str:
     return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _skipped(report: Report) -> str:
-    skipped = report.details.get("skipped", [])
-    items = [f"<li>{html.escape('{library}/{name}: {reason}'.format(**one))}</li>" for one in skipped]
-    return f"<h2>Sets that were skipped</h2><ul>{''.join(items)}</ul>" if items else ""
+def _left_out(report: Report) -> str:
+    problems = report.details.get("source", {}).get("problems", {})
+    lines = [f"{kind}: {count:,}" for kind, count in problems.items()]
+    lines += ["skipped {library}/{name}: {reason}".format(**one) for one in report.details.get("skipped", [])]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<h2>What was wrong with the input</h2><ul>{items}</ul>" if items else ""

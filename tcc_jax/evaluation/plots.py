@@ -13,6 +13,7 @@ import numpy as np
 from tcc_jax.terminal import log, one_line
 
 if TYPE_CHECKING:
+    from tcc_jax.evaluation.metrics import Outcome
     from tcc_jax.evaluation.report import Report
 
 # Colour and mark of each method, the same in every report. The colours are Okabe & Ito's, which colour-blind readers
@@ -81,13 +82,14 @@ def draw_plots(report: Report, folder: Path) -> list[Plot]:
         draw(f"recall_{key}", f"Mean recall by {what}, {intervals}", size, _groups, report.subsets[key], names, what)
     labels = {"sweep": "visible share of a set", "noise": "share of false genes in the prompt"}
     for name, rows in report.curve_rows.items():
-        draw(name, f"Mean recall by {labels[name]}, {intervals}", (8, 4.5), _curve, rows, labels[name])
-    calibration = report.outcomes[0].calibration
-    if calibration is not None and calibration.frequency.any():
+        caption = f"Mean recall by {labels[name]}, {intervals} Methods stand side by side around each share."
+        draw(name, caption, (8, 4.5), _curve, rows, labels[name])
+    calibrated = [one for one in report.outcomes if one.calibration is not None and one.calibration.frequency.any()]
+    if calibrated:
         caption = (
             "Calibration: expected hits of a gene against how often it is hidden; bins without a hit are not shown."
         )
-        draw("calibration", caption, (6, 5.5), _calibration)
+        draw("calibration", caption, (6, 5.5), _calibration, calibrated)
     return drawn
 
 
@@ -115,7 +117,7 @@ def _significance(report: Report, figure: Any) -> None:
     threshold = -math.log10(report.alpha)
     axes.axhline(threshold, color="0.3", linewidth=1, linestyle="--")
     axes.annotate(
-        f"p = {report.alpha:g}", (1.0, threshold), xycoords=("axes fraction", "data"),
+        f"adjusted\np = {report.alpha:g}", (1.0, threshold), xycoords=("axes fraction", "data"),
         xytext=(4, 0), textcoords="offset points", ha="left", va="center", color="0.3", fontsize=9,
     )  # fmt: skip
     # Linear up to 1 and logarithmic above: p = 1 has a place, and one set at 1e-200 does not flatten the rest.
@@ -129,7 +131,7 @@ def _significance(report: Report, figure: Any) -> None:
     axes.set_xticks(sorted({max(1, int(tick)) for tick in ticks if tick <= len(ranks)}))
     margin = max(0.5, 0.015 * len(ranks))
     axes.set_xlim(1 - margin, len(ranks) + margin)
-    axes.set_xlabel("sets, most significant first (each method in its own order; first seed)")
+    axes.set_xlabel(f"sets, most significant first, each method in its own order{_first_seed(report)}")
     axes.set_ylabel("-log10 of the adjusted p-value")
     axes.set_title("Overlap of drawn and hidden genes; pale: not significant")
     handles, labels = axes.get_legend_handles_labels()
@@ -189,29 +191,37 @@ def _curve(report: Report, figure: Any, rows: Sequence[dict[str, Any]], label: s
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{label} [%]")
     axes.set_ylabel("recall at the drawn count")
-    axes.set_title(f"Recall by {label}\n(mean over sets, 95 % interval; first seed)")
+    axes.set_title(f"Recall by {label}\n(mean over sets, 95 % interval{_first_seed(report)})")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def _calibration(report: Report, figure: Any) -> None:
-    calibration = report.outcomes[0].calibration
-    assert calibration is not None
+def _calibration(report: Report, figure: Any, outcomes: Sequence[Outcome]) -> None:
     axes = figure.add_subplot()
-    enough = calibration.frequency > 0
-    expected, frequency = calibration.expected[enough], calibration.frequency[enough]
-    low, high = _wilson(frequency, calibration.genes[enough])
-    axes.errorbar(
-        expected, frequency, np.maximum((frequency - low, high - frequency), 0), color=_STYLES["model"][0],
-        marker="o", markersize=5, linestyle="none", capsize=3, label="genes of all sets, binned; 95 % interval",
-    )  # fmt: skip
-    ends = [min(expected.min(), frequency.min()), max(1.0, expected.max())]
-    axes.plot(ends, ends, color="0.4", linestyle="--", linewidth=1, label="perfectly calibrated")
+    least, most = math.inf, 1.0
+    for outcome in outcomes:
+        calibration = outcome.calibration
+        assert calibration is not None
+        enough = calibration.frequency > 0
+        expected, frequency = calibration.expected[enough], calibration.frequency[enough]
+        low, high = _wilson(frequency, calibration.genes[enough])
+        colour, mark = _STYLES.get(outcome.method, _OTHER_STYLE)
+        axes.errorbar(
+            expected, frequency, np.maximum((frequency - low, high - frequency), 0), color=colour,
+            marker=mark, markersize=5, linestyle="none", capsize=3, label=f"{outcome.method}: genes in bins",
+        )  # fmt: skip
+        least, most = min(least, expected.min(), frequency.min()), max(most, expected.max())
+    # A gene is hidden once at most, whatever the softmax expects of it.
+    axes.plot([least, 1, most], [least, 1, 1], color="0.4", linestyle="--", linewidth=1, label="perfectly calibrated")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("expected hits of a gene: its share of the probability x the hidden count")
     axes.set_ylabel("share of these genes that are hidden")
-    axes.set_title("Calibration of the model (first seed)")
+    axes.set_title(f"Calibration, with 95 % intervals{_first_seed(report)}")
     axes.legend(frameon=False, loc="upper left")
+
+
+def _first_seed(report: Report) -> str:
+    return "; first seed" if len(report.trials) > 1 else ""
 
 
 def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +23,20 @@ from tcc_jax.evaluation.page import write_page
 from tcc_jax.evaluation.plots import draw_plots
 from tcc_jax.terminal import one_line, table
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FAR = 0.1
 _SIZES = (10, 20, 50, 100, 200)
 _LIBRARIES_SHOWN = 12
 
 
 class Table(NamedTuple):
-    """A table to show: every cell is a string or an int; the lines of `note` stand below it."""
+    """A table to show: every cell is a string or an int; the lines of `note`, and the plots named, stand below it."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    plots: Sequence[str] = ()
 
     def text(self) -> str:
         """Return it as plain text."""
@@ -56,6 +57,7 @@ class Report:
         left_out: baselines that were not run, each with the reason.
         curves: for `sweep` and `noise`, the share and the outcomes of each point.
         notes: what a reader must know to read the numbers, one sentence each.
+        unread: lines of the input that are not sets, and sets that could not be evaluated, for the end of a terminal.
         details: what else is needed to repeat the evaluation, as JSON values.
     """
 
@@ -67,6 +69,7 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, list[Outcome]]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    unread: Sequence[str] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -147,7 +150,7 @@ class Report:
 
     def body(self) -> dict[str, Any]:
         """Return what report.json holds; numbers that are not defined are null."""
-        calibration = self.outcomes[0].calibration
+        calibrations = {one.method: asdict(one.calibration) for one in self.outcomes if one.calibration is not None}
         body = {
             "format_version": FORMAT_VERSION,
             **self.details,
@@ -158,29 +161,37 @@ class Report:
             "leaks": self.leaks,
             "subsets": self.subsets,
             "curves": self.curve_rows,
-            "calibration": calibration and {name: array.tolist() for name, array in asdict(calibration).items()},
+            "calibration": {
+                method: {name: array.tolist() for name, array in arrays.items()}
+                for method, arrays in calibrations.items()
+            },
         }
         return _plain(body)
 
     def tables(self) -> list[Table]:
         """Return the tables to show, most important first."""
-        shown = [self._summary_table(), self._paired_table(), self._leak_table()]
-        shown += [
-            self._subset_table("By library", "library", self.subsets["by_library"], _LIBRARIES_SHOWN),
-            self._subset_table("By number of hidden genes", "hidden genes", self.subsets["by_hidden_count"]),
-        ]
+        shown = [self._summary_table(), self._metrics_table(), self._paired_table(), self._leak_table()]
+        for key, title, what, most in (
+            ("by_library", "By library", "library", _LIBRARIES_SHOWN),
+            ("by_hidden_count", "By number of hidden genes", "hidden genes", None),
+        ):
+            one = self._subset_table(title, what, self.subsets[key], most)
+            shown.append(one._replace(plots=[f"recall_{key}"]))
         if "far_from_training" in self.subsets:
-            shown.append(
-                self._subset_table("Sets that retrieval can't help", "which", self.subsets["far_from_training"])
-            )
+            title = f"Sets far from the training sets (best Jaccard under {FAR:g})"
+            shown.append(self._subset_table(title, "which", self.subsets["far_from_training"]))
         for name, title in (("sweep", "Visible share"), ("noise", "Share of false genes in the prompt")):
             if name in self.curves:
-                shown.append(self._curve_table(title, self.curve_rows[name]))
+                shown.append(self._curve_table(title, self.curve_rows[name])._replace(plots=[name]))
         return [one for one in shown if one.rows]
 
     def text(self) -> str:
         """Return the tables and the notes as plain text."""
         return "\n\n".join([*(one.text() for one in self.tables()), *(f"note: {note}" for note in self.notes)])
+
+    @property
+    def _significant_sets(self) -> str:
+        return "sets significant, mean over the seeds" if len(self.trials) > 1 else "sets significant"
 
     def _significant(self, outcome: Outcome) -> dict[str, Any]:
         counts_S = outcome.significant(self.alpha).sum(axis=1)
@@ -213,32 +224,49 @@ class Report:
         return rows
 
     def _summary_table(self) -> Table:
+        several = len(self.trials) > 1
+        header = [
+            "method",
+            "recall",
+            "95 % interval",
+            f"significant at {self.alpha:g}",
+            *(["range"] if several else []),
+        ]
+        rows: list[list[object]] = []
+        for row in self.methods:
+            recall, significant = row["metrics"]["recall"], row["significant"]
+            count = f"{significant['mean']:,.1f}".removesuffix(".0")
+            share = f"{count} ({significant['mean'] / row['sets']:.1%})"
+            spread = [f"{significant['low']:,} to {significant['high']:,}"] if several else []
+            rows.append([row["method"], _number(recall["mean"]), _interval(recall), share, *spread])
+        meaning = [
+            *(f"{name}: left out, {reason}" for name, reason in self.left_out.items()),
+            "recall: share of the hidden genes that are among the drawn ones, mean over sets",
+            "significant: p of the overlap, adjusted by Benjamini and Hochberg over the sets"
+            + (" of a seed; mean and range over the seeds" if several else ""),
+        ]
+        seeds = f"{len(self.trials)} seeds" if several else "one seed"
+        plots = ("significance", "recall")
+        return Table(f"{len(self.sets):,} sets, {seeds}", header, rows, "\n".join(meaning), plots)
+
+    def _metrics_table(self) -> Table:
         columns = {
             "P@10": "precision_at_10", "nDCG@100": "ndcg_at_100", "AP": "average_precision", "AUROC": "auroc",
             "over popularity": "auroc_over_popularity", "rare recall": "rare_recall",
             "nats a gene": "nats_per_hidden_gene",
         }  # fmt: skip
-        header = ["method", "recall", "95 % interval", *columns, f"significant at {self.alpha:g}", "range"]
         rows: list[list[object]] = []
         for row in self.methods:
-            recall, significant = row["metrics"]["recall"], row["significant"]
-            values = [_number(row["metrics"].get(name, {}).get("mean")) for name in columns.values()]
-            count = f"{significant['mean']:,.1f}".removesuffix(".0")
-            share = f"{count} ({significant['mean'] / row['sets']:.1%})"
-            spread = f"{significant['low']:,} to {significant['high']:,}"
-            rows.append([row["method"], _number(recall["mean"]), _interval(recall), *values, share, spread])
-        seeds = f"{len(self.trials)} seeds" if len(self.trials) > 1 else "one seed"
+            values = (row["metrics"].get(name, {}).get("mean") for name in columns.values())
+            rows.append([row["method"], *map(_number, values)])
         rare = self.methods[0]["metrics"]["rare_recall"]["sets"]
-        left_out = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         meaning = [
-            f"rare recall: over the {rare:,} sets that hide a rare gene, these ranked alone",
-            "recall at the drawn count; AP: average precision, the mean of the precision at each hidden gene's rank",
+            "AP: average precision, the mean of the precision at each hidden gene's rank",
             "AUROC over the vocabulary, equal scores by popularity; over popularity: AUROC less that of popularity",
+            f"rare recall: over the {rare:,} sets that hide a rare gene, these ranked alone",
             "nats a gene: -ln of the probability that a model gives to a hidden gene, mean; lower is better",
-            "significant: Benjamini-Hochberg over the sets of a seed, mean and range over the seeds",
         ]
-        note = "\n".join([*left_out, *meaning])
-        return Table(f"{len(self.sets):,} sets, {seeds}", header, rows, note)
+        return Table("Other measures, means over sets", ["method", *columns], rows, "\n".join(meaning), ["calibration"])
 
     def _paired_table(self) -> Table:
         rows = [
@@ -271,18 +299,19 @@ class Report:
         ]
         left = len(groups) - len(shown)
         more = f"; {left:,} more with fewer sets are in report.json" if left else ""
-        return Table(title, header, shown, f"recall (sets significant){more}")
+        return Table(title, header, shown, f"recall ({self._significant_sets}){more}")
 
     def _curve_table(self, title: str, rows: list[dict[str, Any]]) -> Table:
         shown: dict[float, list[str]] = {}
         for row in rows:
             shown.setdefault(row["share"], [f"{row['share']:.0%}"]).append(_recall_cell(row, 0))
         header = (title.lower(), *(outcome.method for outcome in self.outcomes))
-        return Table(title, header, list(shown.values()), "recall (sets significant), first seed")
+        first = ", first seed" if len(self.trials) > 1 else ""
+        return Table(title, header, list(shown.values()), f"recall (sets significant){first}")
 
 
 def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed_by: str, with_plots: bool) -> None:
-    """Write report.json, per_set.tsv, completions.gmt, report.html and the plots.
+    """Write report.json, per_set.tsv, completions.gmt (of a mixture too), report.html and the plots.
 
     Args:
         folder: an existing folder.
@@ -296,30 +325,37 @@ def write_report(folder: Path, report: Report, vocabulary: Vocabulary, completed
     )
     with open(folder / "per_set.tsv", "w", encoding="utf-8", newline="\n") as file:
         file.writelines("\t".join(row) + "\n" for row in _per_set(report))
-    with open(folder / "completions.gmt", "w", encoding="utf-8", newline="\n") as file:
-        write_gmt(
-            file,
-            (
-                GeneSet(one.name, completed_by, tuple(vocabulary.symbols[id_] for id_ in ids))
-                for one, ids in zip(report.sets, report.outcomes[0].drawn, strict=True)
-                if len(ids)
-            ),
-        )
+    for place, outcome in enumerate(report.outcomes):
+        # Of the methods that are a model, the decoder or a mixture with it.
+        if place == 0 or outcome.calibration is not None:
+            name = "completions.gmt" if place == 0 else f"completions_{_identifier(outcome.method)}.gmt"
+            with open(folder / name, "w", encoding="utf-8", newline="\n") as file:
+                write_gmt(file, _completed(report, outcome, vocabulary, completed_by))
     write_page(folder / "report.html", report, draw_plots(report, folder) if with_plots else [])
 
 
+def _completed(report: Report, outcome: Outcome, vocabulary: Vocabulary, completed_by: str) -> Iterator[GeneSet]:
+    for one, ids in zip(report.sets, outcome.drawn, strict=True):
+        if len(ids):
+            yield GeneSet(one.name, completed_by, tuple(vocabulary.symbols[id_] for id_ in ids))
+
+
 def _per_set(report: Report) -> list[list[str]]:
-    header = ["name", "library", "seed", "visible", "hidden", "drawn"]
+    header = ["name", "library", "seed", "visible", "hidden", "drawn", "universe"]
     header += ["outside_vocabulary", "outside_background", "best_training_jaccard"]
     columns: list[tuple[str, Callable[[Outcome], np.ndarray], Callable[[Any], str]]] = [
         ("log10_p", lambda outcome: outcome.log_p / math.log(10), _short),
         ("log10_adjusted_p", lambda outcome: outcome.log_adjusted_p / math.log(10), _short),
         ("significant", lambda outcome: outcome.significant(report.alpha), lambda value: "yes" if value else "no"),
     ]
+    popularity = next((one for one in report.outcomes if one.method == "popularity"), None)
     values: list[list[list[str]]] = []
-    for place, outcome in enumerate(report.outcomes):
-        prefix = f"{_identifier(outcome.method)}_" if place else ""
-        for name, numbers in outcome.metrics.items():
+    for outcome in report.outcomes:
+        prefix = f"{_identifier(outcome.method)}_"
+        metrics = dict(outcome.metrics)
+        if popularity is not None:
+            metrics["auroc_over_popularity"] = metrics["auroc"] - popularity.metrics["auroc"]
+        for name, numbers in metrics.items():
             header.append(prefix + name)
             values.append([[_short(value) for value in row] for row in numbers])
         for name, get, show in columns:
@@ -329,7 +365,8 @@ def _per_set(report: Report) -> list[list[str]]:
     for seed, sets in enumerate(report.trials):
         for index, one in enumerate(sets):
             jaccard = "" if report.best_jaccard_N is None else f"{report.best_jaccard_N[index]:.4g}"
-            counts = [seed, len(one.visible), one.hidden_count, one.drawn_count, one.outside, one.outside_background]
+            counts = [seed, len(one.visible), one.hidden_count, one.drawn_count, one.universe]
+            counts += [one.outside, one.outside_background]
             row = [one_line(one.name), one_line(one.library), *map(str, counts), jaccard]
             rows.append(row + [column[seed][index] for column in values])
     return rows

@@ -73,11 +73,13 @@ def test_standard_input_is_read_as_it_comes(corpus, table):
     first, problems = None, Problems()
     sets = read_stream(lines(), GeneFinder(table, corpus.vocabulary), problems)
     first = next(sets)
-    assert [one.name for one in (first, *sets)] == ["one", "two"]
+    assert [one.name for one in (first, *sets)] == ["one", "short", "two"]
     assert problems.examples == {"lines with fewer than three columns": ["standard input:3"]}
 
 
 def test_gmt_on_standard_input_may_begin_with_a_set_without_genes(corpus, table):
     problems = Problems()
     sets = read_stream(iter([b" \n", b"empty\t\t\n", b"one\t\tG1\n"]), GeneFinder(table, corpus.vocabulary), problems)
-    assert [one.name for one in sets] == ["one"] and problems.counts == {"sets without genes": 1}
+    assert [(one.name, len(one.ids)) for one in sets] == [("empty", 0), ("one", 1)] and problems.counts == {
+        "sets without genes": 1
+    }

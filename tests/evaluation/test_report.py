@@ -102,15 +102,19 @@ def test_files(corpus, tmp_path):
     write_report(tmp_path, report, corpus.vocabulary, "completed", plots.can_plot())
     text = (tmp_path / "report.json").read_text()
     body = json.loads(text)
-    assert body["format_version"] == FORMAT_VERSION == 3 and "NaN" not in text
+    assert body["format_version"] == FORMAT_VERSION == 4 and "NaN" not in text
     assert [row["method"] for row in body["methods"]] == ["model", "popularity", NASTY]
     assert len(body["curves"]["sweep"]) == 6 and body["left_out"] == {"EASE": f"no {NASTY}"}
-    assert sum(body["calibration"]["genes"]) == sum(60 - len(one.visible) for one in report.sets)
+    assert list(body["calibration"]) == ["model"]
+    assert sum(body["calibration"]["model"]["genes"]) == sum(60 - len(one.visible) for one in report.sets)
     with open(tmp_path / "per_set.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     assert len(rows) == 2 * len(report.sets) and {len(row) for row in rows} == {len(rows[0])}
     assert None not in rows[0] and rows[1]["name"] == f"{NASTY} 1"
-    assert [int(row["hits"]) for row in rows] == report.outcomes[0].metrics["hits"].ravel().tolist()
+    assert [int(row["model_hits"]) for row in rows] == report.outcomes[0].metrics["hits"].ravel().tolist()
+    assert [int(row["universe"]) for row in rows] == [one.universe for sets in report.trials for one in sets]
+    over = [float(row["model_auroc"]) - float(row["popularity_auroc"]) for row in rows]
+    np.testing.assert_allclose([float(row["model_auroc_over_popularity"]) for row in rows], over, atol=1e-6)
     page = Tags()
     page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and NASTY in page.text and f"no {NASTY}" in page.text
