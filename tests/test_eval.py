@@ -12,7 +12,7 @@ from tcc_jax import eval as command
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.evaluation.metrics import METRICS, run_method
-from tests.completion.tiny import STEP, make_corpus, make_run, write_hgnc
+from tests.completion.tiny import NUM_GENES, STEP, make_corpus, make_run, write_hgnc
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,10 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert (out / "significance.png").stat().st_size > 10_000 and (out / "significance.svg").exists()
     shown = capsys.readouterr().out
+    assert (
+        f"a random 20% of the genes of each set are visible, at least one, and as many are drawn as are hidden; the "
+        f"universe is the {NUM_GENES} genes that can be drawn" in shown
+    )
     for word in ("popularity", "set-kNN", "EASE: left out, run with --baselines all", "leak report", "sets won"):
         assert word in shown
 
@@ -165,7 +169,10 @@ def test_mixture_and_given_neighbours(folder, monkeypatch, capsys):
     assert "note: mixture: log(" in shown and "log(1 p" not in shown and "mixture against set-kNN" in shown
     assert "mixture_recall" in read_table(folder / "mixed/per_set.tsv")[0]
     with_nats = [row["method"] for row in report["methods"] if "nats_per_hidden_gene" in row["metrics"]]
-    assert with_nats == ["model", "mixture"]
+    assert with_nats == ["model", "mixture"] == list(report["calibration"])
+    drawn = {name: (folder / "mixed" / name).read_text() for name in ("completions.gmt", "completions_mixture.gmt")}
+    sizes = [[line.count("\t") for line in text.splitlines()] for text in drawn.values()]
+    assert sizes[0] == sizes[1] and len(sizes[0]) == 9 and len(set(drawn.values())) == 2
 
 
 def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
