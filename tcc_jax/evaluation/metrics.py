@@ -195,15 +195,24 @@ def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def compare(one: Outcome, other: Outcome, seed: int = 0) -> dict[str, Any]:
-    """Compare the recall of two methods set by set, the seeds averaged within a set.
+def compare(
+    one: Outcome, other: Outcome, seed: int = 0, metric: str = "recall", chosen_N: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Compare two methods set by set, the seeds averaged within a set.
+
+    Args:
+        one: a method.
+        other: what it is compared with.
+        seed: of the bootstrap.
+        metric: which one; sets that do not define it are left out.
+        chosen_N: [N] bool, the sets to compare; all unless given.
 
     Returns:
         JSON values: sets won, lost and tied by the first, the mean difference with its paired bootstrap 95 % interval,
         and the two-sided p of Wilcoxon's signed-rank test (1945; ties in sign left out), 1 where all sets are tied.
     """
-    difference = one.per_set("recall") - other.per_set("recall")
-    difference = difference[np.isfinite(difference)]
+    difference = one.per_set(metric) - other.per_set(metric)
+    difference = difference[np.isfinite(difference) & (True if chosen_N is None else chosen_N)]
     # Averages over seeds differ in their last bits: those are ties.
     difference[np.abs(difference) < 1e-12] = 0
     (low,), (high,) = bootstrap(difference[:, None], seed)
@@ -211,7 +220,7 @@ def compare(one: Outcome, other: Outcome, seed: int = 0) -> dict[str, Any]:
     return {
         "method": one.method,
         "baseline": other.method,
-        "metric": "recall",
+        "metric": metric,
         "won": int((difference > 0).sum()),
         "lost": int((difference < 0).sum()),
         "tied": int((difference == 0).sum()),

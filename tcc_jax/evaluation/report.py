@@ -111,11 +111,20 @@ class Report:
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
-        """The model, and the mixture, against each other method, as `metrics.compare`."""
+        """The model, and the mixture, against each other method, as `metrics.compare`: over all sets, and where
+        retrieval has little to go on, of rare genes and of the sets far from training.
+        """
         model, *others = self.outcomes
         pairs = [(model, other) for other in others]
         pairs += [(one, other) for one in others if one.method == "mixture" for other in others if other is not one]
-        return [compare(*pair, seed=self.seed) for pair in pairs]
+        whats: list[tuple[str, str, np.ndarray | None]] = [("recall", "all", None), ("rare_recall", "all", None)]
+        if self.best_jaccard_N is not None:
+            whats.append(("recall", "far_from_training", self.best_jaccard_N < FAR))
+        return [
+            {"subset": subset, **compare(*pair, self.seed, metric, chosen_N)}
+            for metric, subset, chosen_N in whats
+            for pair in pairs
+        ]
 
     @functools.cached_property
     def leaks(self) -> dict[str, Any] | None:
@@ -170,7 +179,13 @@ class Report:
 
     def tables(self) -> list[Table]:
         """Return the tables to show, most important first."""
-        shown = [self._summary_table(), self._metrics_table(), self._paired_table(), self._leak_table()]
+        shown = [
+            self._summary_table(),
+            self._metrics_table(),
+            self._paired_table(),
+            self._hard_table(),
+            self._leak_table(),
+        ]
         for key, title, what, most in (
             ("by_library", "By library", "library", _LIBRARIES_SHOWN),
             ("by_hidden_count", "By number of hidden genes", "hidden genes", None),
@@ -276,9 +291,25 @@ class Report:
                 f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}", f"{one['wilcoxon_p']:.2g}",
             ]
             for one in self.comparisons
+            if (one["metric"], one["subset"]) == ("recall", "all")
         ]  # fmt: skip
         header = ("", "sets won", "lost", "tied", "recall difference", "95 % interval", "p (Wilcoxon)")
         return Table("Paired comparison of the recall of each set", header, rows)
+
+    def _hard_table(self) -> Table:
+        shown: dict[str, list[str]] = {}
+        for one in self.comparisons:
+            if (one["metric"], one["subset"]) != ("recall", "all"):
+                cells = shown.setdefault(f"{one['method']} against {one['baseline']}", [])
+                if one["won"] + one["lost"] + one["tied"]:
+                    spread = f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}"
+                    cells.append(f"{one['difference']:+.4f} ({spread})")
+                else:
+                    cells.append("no such set")
+        header = ["", "rare recall", *(["recall, far sets"] if self.best_jaccard_N is not None else [])]
+        rows = [(name, *cells) for name, cells in shown.items()]
+        note = f"differences and 95 % intervals; far: best training Jaccard under {FAR:g}"
+        return Table("Paired comparison where retrieval has little to go on", header, rows, note)
 
     def _leak_table(self) -> Table:
         if self.leaks is None:

@@ -241,6 +241,10 @@ def test_paired_comparison():
     np.testing.assert_allclose(compared["wilcoxon_p"], scipy.stats.wilcoxon(difference[difference != 0]).pvalue)
     same = compare(model, model)
     assert same["tied"] == len(SETS) and same["wilcoxon_p"] == 1
+    few = compare(model, other, metric="auroc", chosen_N=np.array([True, False, True, False]))
+    apart = (model.per_set("auroc") - other.per_set("auroc"))[[0, 2]]
+    assert few["metric"] == "auroc" and few["won"] + few["lost"] + few["tied"] == 2
+    np.testing.assert_allclose(few["difference"], apart.mean())
 
 
 def test_a_score_that_is_no_number_stops():
