@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError, progress
 
 _GENES_AT_ONCE = 500
+_BYTES_A_PAIR = 12
 
 
 class Ease:
@@ -27,8 +30,12 @@ class Ease:
     Args:
         corpus: the prepared corpus; its training sets are fitted.
         folder: where the weights are kept, by corpus hash and settings.
-        num_genes: most frequent genes that are fitted.
+        num_genes: most frequent genes that are fitted, or as many of them as the memory that is free has room for.
         penalty: lambda, the weight of the squared weights.
+
+    Attributes:
+        num_genes: genes that were fitted.
+        limited: whether memory made them fewer.
 
     Raises:
         UserError: the weights need more memory than there is, or the penalty is too small or large for 32 bits.
@@ -37,13 +44,15 @@ class Ease:
     def __init__(self, corpus: Corpus, folder: str | Path, num_genes: int = 13_000, penalty: float = 20.0) -> None:
         self._size = corpus.vocabulary.size
         # Ids go by falling count: the most frequent genes are the first.
-        self.num_genes, self.penalty = min(num_genes, self._size - NUM_SPECIAL), penalty
+        wanted = min(num_genes, self._size - NUM_SPECIAL)
+        self.num_genes, self.penalty = min(wanted, _room_for()), penalty
+        self.limited = self.num_genes < wanted
         settings = {"version": 1, "corpus": corpus.hash, "num_genes": self.num_genes, "penalty": penalty}
         try:
             fitted = cached(folder, "ease", settings, lambda: _fit_ease(corpus, self.num_genes, penalty))
         except MemoryError:
             raise UserError(
-                f"--ease-genes {num_genes}: not enough memory for {num_genes:,} genes; give fewer"
+                f"--ease-genes {num_genes}: not enough memory for {self.num_genes:,} genes; give fewer"
             ) from None
         self._weights_GG = fitted["weights"]
 
@@ -56,6 +65,16 @@ class Ease:
             scores[row] = np.min(fitted_G) - 1
             scores[row, NUM_SPECIAL : NUM_SPECIAL + self.num_genes] = fitted_G
         return scores
+
+
+def _room_for() -> int:
+    # Asked beforehand: Linux gives out more memory than it has, and ends the process when it is used.
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+    return max(1, math.isqrt(free // _BYTES_A_PAIR))
 
 
 def _fit_ease(corpus: Corpus, num_genes: int, penalty: float) -> Arrays:

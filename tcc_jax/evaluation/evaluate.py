@@ -195,9 +195,10 @@ def _methods(options: EvaluateOptions, model: Model, index: TrainingIndex | None
     found.note(relevance.describe())
     if options.baselines == "all":
         ease = found.scorers["EASE"] = Ease(corpus, folder, options.ease_genes, options.ease_penalty)
+        memory = ", as many as memory has room for" if ease.limited else ""
         found.note(
-            f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes, rows "
-            f"scaled by 1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
+            f"EASE: fitted on the {ease.num_genes:,} most frequent of {len(corpus.vocabulary.ids):,} genes{memory}, "
+            f"rows scaled by 1/sqrt(length), lambda {ease.penalty:g}; other genes score below these, by popularity"
         )
         scorer = found.scorers["auto-encoder"] = Autoencoder(corpus, folder, options.autoencoder_steps)
         found.note(

@@ -58,7 +58,7 @@ class EvaluateOptions:
     """Nearest training sets that set-kNN counts, and the power of their similarity; tuned on the validation split
     unless set."""
     ease_genes: int = 13_000
-    """Most frequent genes that EASE is fitted on; fitting takes about 12 bytes x genes^2 of memory."""
+    """Most frequent genes that EASE is fitted on, if memory has room for 12 bytes x genes^2; else as many as it has."""
     ease_penalty: float = 20.0
     """EASE's lambda."""
     autoencoder_steps: int | None = None

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tcc_jax.baselines import ease
 from tcc_jax.baselines.ease import Ease
 from tcc_jax.completion.ranker import rank
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
@@ -70,3 +73,24 @@ def test_ease_finds_the_family_and_is_fitted_once(corpus, tmp_path, monkeypatch)
     monkeypatch.setattr("tcc_jax.baselines.ease._fit_ease", None)
     again, _ = rank(Ease(corpus, tmp_path), visible, [16])
     assert again[0].tolist() == ids[0].tolist()
+
+
+def test_no_more_genes_are_fitted_than_memory_has_room_for(corpus, tmp_path, monkeypatch):
+    assert ease._room_for() > 1000 and not Ease(corpus, tmp_path / "all").limited
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "MemTotal: 9 kB\nMemAvailable: 12 kB\n")
+    scorer = Ease(corpus, tmp_path / "few")
+    assert scorer.num_genes == 32 and scorer.limited
+    few = Ease(corpus, tmp_path / "asked for", num_genes=20)
+    assert few.num_genes == 20 and not few.limited
+    monkeypatch.undo()
+    visible = [np.array([16, 30], np.int32)]
+    np.testing.assert_array_equal(scorer(visible), Ease(corpus, tmp_path, num_genes=32)(visible))
+
+
+def test_too_little_memory_after_all_is_told(corpus, tmp_path, monkeypatch):
+    def fit(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ease, "_fit_ease", fit)
+    with pytest.raises(UserError, match=r"--ease-genes 50: not enough memory for 50 genes; give fewer"):
+        Ease(corpus, tmp_path, num_genes=50)
