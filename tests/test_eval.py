@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,10 @@ def test_test_split_of_the_corpus(folder, monkeypatch, capsys):
     held = tested[len(tested) // 3 - 1]
     share = f"{np.mean(counts[NUM_SPECIAL:] <= held):.0%}"
     assert f"rare are genes held by at most {held} training sets ({share} of the vocabulary)" in report["notes"]
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    documented = [name for name in (*report, *rows[0]) if not name.startswith(("model_", "popularity_", "random_"))]
+    for name in (name for name in documented if not name.startswith(("set_knn_", "relevance_"))):
+        assert f"`{name}`" in readme, name
     page = html.unescape((out / "report.html").read_text())
     for words in (
         f"checkpoint: {folder / 'run'}, step {STEP}<", f"sets: 27 of 27 from test split of {folder / 'corpus'}<",
