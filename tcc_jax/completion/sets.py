@@ -22,6 +22,8 @@ from tcc_jax.terminal import UserError, log
 OUTSIDE = -1
 LibraryFrom = Literal["file", "description"]
 _NAMED, _NAMED_ON_SCREEN = 20, 5
+# What `symbols.How` does not say by itself.
+_HOW = {"case": "in another case", "date": "read as dates", "ensembl": "Ensembl ids", "entrez": "Entrez ids"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def summarise_symbols(sets: Iterable[KnownSet]) -> tuple[dict[str, Any], list[st
         if gene.id is None:
             left_out["not_in_vocabulary" if gene.symbol else "not_mapped"][gene.symbol or gene.written] += 1
     summary: dict[str, Any] = {"mentions": dict(sorted(mentions.items()))}
-    lines = ["symbols as read: " + ", ".join(f"{count:,} {how}" for how, count in mentions.most_common())]
+    counted = (f"{count:,} {_HOW.get(how, how)}" for how, count in mentions.most_common())
+    lines = [f"symbols as read: {', '.join(counted)}"]
     for name, counts in left_out.items():
         most = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NAMED])
         summary[name] = {"symbols": len(counts), "mentions": counts.total(), "most_frequent": most}
