@@ -97,7 +97,7 @@ def compare(options: argparse.Namespace) -> None:
     from tcc_jax.training.flops import flops_per_token, peak_flops
     from tcc_jax.training.sharding import make_mesh
     from tcc_jax.training.state import create_state
-    from tcc_jax.training.step import make_train_step
+    from tcc_jax.training.step import attention_in_words, make_train_step
 
     where = surroundings()
     on_cpu = jax.default_backend() == "cpu"
@@ -169,6 +169,7 @@ def compare(options: argparse.Namespace) -> None:
                 trainer = Trainer(state, make_train_step(made, size, mesh), mesh)
                 began = time.perf_counter()
                 trainer.seconds(batches[:1])
+                form |= {"attention": attention_in_words(made, mesh)}
                 form |= {"first_step_seconds": time.perf_counter() - began, "initial_loss": trainer.loss()}
                 trainer.seconds(batches[1:WARM_UP])
                 forms.append(form | {"run": trainer.seconds, "loss": trainer.loss})

@@ -83,6 +83,8 @@ def main() -> None:
         "checkpoint": lambda: measures.measure_checkpoint(config, corpus, windows),
     }[options.measure]
     results = measure()
+    if attention := results.pop("attention", None):
+        record["attention"] = attention
     record |= {
         "corpus": {"hash": corpus.hash, "sets": corpus.num_sets, "vocabulary": corpus.vocabulary.size},
         "config": config.to_dict(),
@@ -94,6 +96,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(records.as_table(results, earlier and earlier["results"]))
+    if attention:
+        print(f"attention: {attention}")
     if earlier and (unlike := records.differences(record, earlier)):
         print(f"unlike the earlier record: {'; '.join(unlike)}")
     if options.measure == "train" and results["mfu"] is None:

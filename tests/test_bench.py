@@ -91,6 +91,7 @@ def test_a_measure_writes_what_it_found(measure, tmp_path, monkeypatch, capsys):
     assert list(record["results"]) == RESULTS[measure]
     assert {"measure", "command", "device", "processor", "cores", "load_average", "versions"} <= record.keys()
     assert record["measure"] == measure and record["config"]["model"]["width"] == 16
+    assert record.get("attention") == ("xla" if measure == "train" else None)
     assert record["corpus"] == {"hash": "synthetic-200-300-0", "sets": 300, "vocabulary": 200}
     for name, result in record["results"].items():
         assert name in printed

@@ -317,11 +317,14 @@ def test_slurm_options():
 def test_slurm_trains_and_queues_again(tmp_path, trains, finished, code):
     engines = Engines(tmp_path, "srun", "scontrol", "python")
     answers = {"srun": [{"exits": trains}], "python configs/launch/finished.py": [{"exits": finished}]}
-    variables = dict(RUN="/shared/runs/first", CORPUS="/shared/corpora/mine", SLURM_JOB_ID="42")
+    variables = dict(
+        RUN="/shared/runs/first", CORPUS="/shared/corpora/mine", SLURM_JOB_ID="42", SLURM_CPUS_PER_TASK="8"
+    )
     ended, (srun, *others) = engines.run(LAUNCH / "slurm.sh", *ARGUMENTS, answers=answers, **variables)
     assert ended == code, engines.done.stderr
-    assert srun[1] == "--kill-on-bad-exit=1"
-    check_training(srun[2:], "/shared/runs/first", "/shared/corpora/mine")
+    # Since 22.05 srun has one core a task, whatever sbatch was told.
+    assert srun[1:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
+    check_training(srun[3:], "/shared/runs/first", "/shared/corpora/mine")
     asked = [] if trains else [["python", "configs/launch/finished.py", "/shared/runs/first"]]
     assert others == asked + ([["scontrol", "requeue", "42"]] if code == 75 else [])
 

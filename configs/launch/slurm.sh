@@ -24,7 +24,8 @@ set -euo pipefail
 trap : TERM
 
 code=0
-srun --kill-on-bad-exit=1 .venv/bin/python -m tcc_jax.train "$@" --run.directory "$RUN" --data.corpus "$CORPUS" &&
+# srun does not take the number of cores from the lines above.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python -m tcc_jax.train "$@" --run.directory "$RUN" --data.corpus "$CORPUS" &&
   .venv/bin/python configs/launch/finished.py "$RUN" || code=$?
 if [ "$code" = 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

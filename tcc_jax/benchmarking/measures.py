@@ -31,7 +31,7 @@ from tcc_jax.terminal import UserError
 from tcc_jax.training.flops import flops_per_token, peak_flops
 from tcc_jax.training.sharding import make_mesh, shard_batch
 from tcc_jax.training.state import TrainState, create_state
-from tcc_jax.training.step import make_train_step
+from tcc_jax.training.step import attention_in_words, make_train_step
 
 FORMULA = (
     "mfu = useful tokens/s x (6 x matmul parameters, the tied head once, + 6 L D T; head and last block only for "
@@ -84,7 +84,7 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
         useful_tokens_per_second, sets_per_second, step_ms; mfu and mfu_segments (`FORMULA`, scored positions as in the
         last step; None without a recorded peak); flops_per_token; compile_seconds (the first step less a median one);
         data_share (time to make a batch in one thread over the time of a step); loss (of the last step); memory_bytes
-        (peak of a device; None where it does not tell); parameters.
+        (peak of a device; None where it does not tell); parameters; attention (the kernel that was chosen).
     """
     size, mesh = corpus.vocabulary.size, make_mesh(config)
     state = create_state(config, size, None, mesh)
@@ -120,6 +120,7 @@ def measure_train(config: Config, corpus: Corpus, windows: int, steps: int) -> _
         "loss": train.loss(),
         "memory_bytes": memory.get("peak_bytes_in_use"),
         "parameters": parameters,
+        "attention": attention_in_words(config, mesh),
     }
 
 

@@ -6,6 +6,7 @@ Grain reads ahead in threads; the state of the loader is the step number.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 
 import grain
@@ -106,7 +107,9 @@ class BatchSource(grain.sources.RandomAccessDataSource):
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batch of the start step, then of the next, for ever, read ahead by Grain's threads."""
         dataset = grain.MapDataset.source(self)[start_step:]
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+        # NumPy works outside the interpreter's lock, and an accelerator has many cores beside it.
+        threads = min(8, max(2, len(os.sched_getaffinity(0)) // 2))
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
 
     def _whole_lengths(self, gene_counts: np.ndarray) -> np.ndarray:
         """Return the tokens of segments that nothing cuts short."""

@@ -338,10 +338,12 @@ def start_from_vectors(params: Params, vectors_VD: jax.Array) -> Params:
     scaled_VD = _INIT_SCALE * width**0.5 * vectors_VD
     embedding_VD = embedding_VD.at[:size].set(jnp.where(known_V1, scaled_VD, embedding_VD[:size]))
     first = params["blocks"][0]
-    attention = first["attention"] | {name: {"kernel": jnp.eye(width)} for name in ("value", "output")}
+    identity_DD = jnp.eye(width, dtype=embedding_VD.dtype)
+    attention = first["attention"] | {name: {"kernel": identity_DD} for name in ("value", "output")}
     blocks = params["blocks"] | {0: first | {"attention": attention}}
     # A logit is the cosine times the scale times the lengths of both sides, sqrt(D) and scale x sqrt(D).
-    scale = jnp.full(width, _COSINE_FACTOR / (_INIT_SCALE * width))
+    # Of a type of its own: a weak one would change in the first step, and the step be compiled again.
+    scale = jnp.full(width, _COSINE_FACTOR / (_INIT_SCALE * width), embedding_VD.dtype)
     return params | {"embedding": embedding_VD, "blocks": blocks, "final_norm": {"scale": scale}}
 
 

@@ -30,9 +30,9 @@ from tcc_jax.config import from_dict
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.files import atomic_folder, sha256
 from tcc_jax.model.decoder import abstract_params
+from tcc_jax.runs.checkpoint import VOCABULARY_FILE, LoadedCheckpoint
 from tcc_jax.storage import on_this_machine
 from tcc_jax.terminal import UserError
-from tcc_jax.runs.checkpoint import VOCABULARY_FILE, LoadedCheckpoint
 
 EXPORT_VERSION = 1
 FORMAT = "tcc_jax export"

@@ -47,7 +47,7 @@ from tcc_jax.training.metrics import Profile, model_flops_utilization
 from tcc_jax.training.report import Board, MetricsFile, Report, require_tensorboard
 from tcc_jax.training.sharding import make_mesh, rows_here, shard_batch
 from tcc_jax.training.state import TrainState, abstract_state, create_state, frequency_bias
-from tcc_jax.training.step import attention_backend, make_eval_step, make_train_step
+from tcc_jax.training.step import attention_in_words, make_eval_step, make_train_step
 from tcc_jax.training.validation import Abandoned, MakeRecall, make_validation
 
 SKIPPED_FOLDER = "skipped"
@@ -127,7 +127,7 @@ class Run:
         if self.meta:
             check_same_run(self.meta, config, corpus)
         # What can be refused is, before anything is written.
-        self.attention = attention_backend(config, mesh)
+        self.attention = attention_in_words(config, mesh)
         self.rows = rows_here(mesh, config.training.batch_rows)
         self.source = BatchSource(config, corpus, "train", *self.rows)
 

@@ -15,6 +15,7 @@ from tcc_jax.model.attention import segment_offsets
 from tcc_jax.model.decoder import Execution, Params, merge, padded_vocabulary_size
 from tcc_jax.model.kernels import choose_backend, make_attend
 from tcc_jax.model.objective import LOSSES, Beyond, cut_positions, remaining_set_loss, with_false_genes
+from tcc_jax.terminal import UserError
 from tcc_jax.training.optimizer import learning_rate, make_optimizer
 from tcc_jax.training.sharding import over_rows, replicated, spread_heads
 from tcc_jax.training.state import TrainState, abstract_state
@@ -111,16 +112,22 @@ def make_train_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
 
 
 def attention_backend(config: Config, mesh: Mesh) -> str:
-    """Return the attention kernel that a run's steps use on a mesh.
-
-    Where cut points alone are scored, the last block asks from few positions and does so in plain XLA.
+    """Return the attention kernel that a run's steps use on a mesh, in all blocks but those that `attention_in_words`
+    names.
 
     Raises:
         UserError: `compute.attention` asks for one that these devices or this model cannot have.
     """
-    device, model = mesh.devices.flat[0], config.model
+    device, model, asked = mesh.devices.flat[0], config.model, config.compute.attention
+    if not _whole_blocks(config):
+        if asked not in ("auto", "xla"):
+            raise UserError(
+                f"compute.attention = {asked}: no block can use it, since with objective.cut_points the last one asks "
+                "from few positions and model.num_layers is 1; choose auto or xla"
+            )
+        asked = "xla"
     return choose_backend(
-        config.compute.attention,
+        asked,
         platform=device.platform,
         compute_capability=float(device.compute_capability) if device.platform in ("gpu", "cuda") else None,
         row_length=config.training.row_length,
@@ -128,6 +135,21 @@ def attention_backend(config: Config, mesh: Mesh) -> str:
         dtype=model.matmul_dtype,
         device_kind=device.device_kind,
     )
+
+
+def attention_in_words(config: Config, mesh: Mesh) -> str:
+    """Say which attention kernel a run's steps use, and in which blocks.
+
+    Where cut points alone are scored, the last block asks from few positions and does so in plain XLA.
+    """
+    backend, whole, layers = attention_backend(config, mesh), _whole_blocks(config), config.model.num_layers
+    if backend == "xla" or whole == layers:
+        return backend
+    return f"{backend} in {whole} of {layers} blocks, xla in the last, which asks from few positions"
+
+
+def _whole_blocks(config: Config) -> int:
+    return config.model.num_layers - bool(config.objective.cut_points)
 
 
 def make_eval_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:

@@ -113,7 +113,8 @@ def test_a_transfer_that_nobody_asked_for_ends_the_run(corpus, tmp_path, monkeyp
         train(config_of(corpus, tmp_path / "run"))
 
 
-def test_each_step_function_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", [{}, {"spectral_start": True, "cut_points": 2}])
+def test_each_step_function_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch, objective):
     made = []
 
     def remember(make):
@@ -122,7 +123,9 @@ def test_each_step_function_is_compiled_once_in_a_run(corpus, tmp_path, monkeypa
     monkeypatch.setattr(loop, "make_train_step", remember(loop.make_train_step))
     monkeypatch.setattr(loop, "make_eval_step", remember(loop.make_eval_step))
     # Evaluations, saves, a stop and a resume, on a mesh of eight.
-    config = config_of(corpus, tmp_path / "run", mesh={"data": 8}, training={"eval_every": 3, "eval_steps": 2})
+    config = config_of(
+        corpus, tmp_path / "run", mesh={"data": 8}, training={"eval_every": 3, "eval_steps": 2}, objective=objective
+    )
     with monkeypatch.context() as patch:
         disturb(patch, 6, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -174,7 +177,7 @@ def test_what_a_run_leaves_behind(finished, capsys):
     [start] = json.loads((directory / "environment.json").read_text())["starts"]
     assert start["step"] == 0 and start["packages"]["jax"] == jax.__version__
     log = (directory / "train.log").read_text()
-    assert "49 training sets" in log
+    assert "49 training sets" in log and log.count("attention: ") == log.count("attention: xla\n") == 1
     source = BatchSource(finished, corpus, "train")
     share = 49 / (source.plan.num_rows * finished.training.segments_per_row)
     assert f"% full, {share:.0%} of their {finished.training.segments_per_row} places for sets taken" in log

@@ -2,13 +2,14 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from tcc_jax.config import OptimizerConfig
+from tcc_jax.config import OptimizerConfig, from_dict
 from tcc_jax.corpus.vocabulary import END, NUM_SPECIAL
 from tcc_jax.model.decoder import abstract_params
 from tcc_jax.terminal import UserError
@@ -16,7 +17,7 @@ from tcc_jax.training.ahead import abstract_batch
 from tcc_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, muon_labels, parameter_path
 from tcc_jax.training.sharding import make_mesh, partition, rows_here, shard_batch
 from tcc_jax.training.state import abstract_state, create_state, frequency_bias
-from tcc_jax.training.step import make_eval_step, make_train_step
+from tcc_jax.training.step import attention_in_words, make_eval_step, make_train_step
 from tests.model.rows import pack, random_rows
 from tests.training.runs import small_config, small_mesh
 
@@ -382,3 +383,19 @@ def test_prompts_train_alike_on_eight_devices():
             metrics.append(jax.device_get(values))
         runs.append((state, metrics))
     assert_same_numbers(*runs)
+
+
+def test_the_attention_is_told_with_the_blocks_that_do_without():
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200")
+    mesh = SimpleNamespace(devices=np.array([device]))
+
+    def told(layers, cuts, asked):
+        model = {"num_layers": layers, "width": 64, "num_heads": 1, "matmul_dtype": "bfloat16"}
+        sections = {"objective": {"cut_points": cuts}, "compute": {"attention": asked}, "training": {"row_length": 128}}
+        return attention_in_words(from_dict({"model": model, **sections}), mesh)
+
+    assert told(2, 0, "auto") == "cudnn"
+    assert told(2, 2, "pallas") == "pallas in 1 of 2 blocks, xla in the last, which asks from few positions"
+    assert told(2, 2, "xla") == told(1, 2, "auto") == "xla"
+    with pytest.raises(UserError, match=r"compute\.attention = cudnn: no block can use it"):
+        told(1, 2, "cudnn")
