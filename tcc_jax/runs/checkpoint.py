@@ -23,8 +23,6 @@ from tcc_jax.config import Config, from_dict
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import Params, abstract_params
-from tcc_jax.storage import absolute, as_path, check_bucket, names_in, on_this_machine, rename_folder
-from tcc_jax.terminal import UserError
 from tcc_jax.runs.saving import (
     FOLDER,
     FORMAT_VERSION,
@@ -34,6 +32,8 @@ from tcc_jax.runs.saving import (
     verify,
     whole_steps,
 )
+from tcc_jax.storage import absolute, as_path, check_bucket, names_in, on_this_machine, rename_folder
+from tcc_jax.terminal import UserError
 
 VOCABULARY_FILE = "genes.tsv"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -7,7 +7,6 @@ process looks after the others and ends its own with one line that names who is 
 from __future__ import annotations
 
 import atexit
-import collections
 import contextlib
 import ctypes
 import itertools
@@ -22,9 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from tcc_jax.config import HostsConfig
 from tcc_jax.terminal import UserError, log

@@ -37,11 +37,11 @@ from jax.experimental import multihost_utils
 
 from tcc_jax.config import Config
 from tcc_jax.corpus.vocabulary import Vocabulary
-from tcc_jax.storage import check_bucket, copy_file, is_remote, names_in, replace_text, write_object
-from tcc_jax.terminal import UserError, log
 from tcc_jax.runs.checkpoint import VOCABULARY_FILE, latest_step, packages
 from tcc_jax.runs.hosts import all_or_none
 from tcc_jax.runs.locks import LOCK_FILE, OWNER_FILE, hold
+from tcc_jax.storage import check_bucket, copy_file, is_remote, names_in, replace_text, write_object
+from tcc_jax.terminal import UserError, log
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"

@@ -23,9 +23,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tcc_jax.files import sha256
+from tcc_jax.runs.hosts import all_or_none
 from tcc_jax.storage import File, absolute, files_in, names_in, put_on_disk, remove_folder, replace_text
 from tcc_jax.terminal import UserError, log
-from tcc_jax.runs.hosts import all_or_none
 
 FORMAT_VERSION = 2
 FOLDER = "checkpoints"

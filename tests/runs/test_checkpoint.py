@@ -12,16 +12,16 @@ import pytest
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.corpus.vocabulary import Vocabulary
 from tcc_jax.model.decoder import abstract_params
-from tcc_jax.terminal import UserError
 from tcc_jax.runs.checkpoint import (
     describe,
     find_checkpoint,
     latest_step,
     read_checkpoint,
     restore_state,
+    with_sharding,
 )
 from tcc_jax.runs.saving import CheckpointWriter, steps_to_keep
-from tcc_jax.runs.checkpoint import with_sharding
+from tcc_jax.terminal import UserError
 from tcc_jax.training.sharding import replicated
 from tcc_jax.training.state import abstract_state, create_state
 from tests.training.corpora import write_small_corpus

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tcc_jax.config import HostsConfig
-from tcc_jax.terminal import UserError
 from tcc_jax.runs import hosts
 from tcc_jax.runs.hosts import Peers, all_or_none, find_hosts, join_hosts
+from tcc_jax.terminal import UserError
 
 SLURM = {
     "SLURM_JOB_ID": "1234",

@@ -8,9 +8,9 @@ import time
 import pytest
 from etils import epath
 
-from tcc_jax.terminal import UserError
 from tcc_jax.runs import locks
 from tcc_jax.runs.locks import flock, hold, is_shared, owner_file
+from tcc_jax.terminal import UserError
 
 HOLD = """
 import sys, time

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from tcc_jax.storage import as_path
 from tcc_jax.runs.run_directory import Mirror
+from tcc_jax.storage import as_path
 from tests.fake_gcs import empty_bucket
 
 
