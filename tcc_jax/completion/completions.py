@@ -17,7 +17,7 @@ from tcc_jax.baselines import Scorer
 from tcc_jax.baselines.index import TrainingIndex
 from tcc_jax.baselines.relevance import RelevanceModel
 from tcc_jax.completion.mixture import tuned_mixture
-from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
+from tcc_jax.completion.model import AMBIGUOUS, WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
 from tcc_jax.completion.ranker import batched
 from tcc_jax.completion.sampler import Sampling
@@ -240,7 +240,7 @@ def _note(gene: FoundGene, vocabulary: Vocabulary | None) -> str:
         same = "" if gene.written == gene.symbol else f" is {gene.symbol} ({gene.how}), which"
         return f"{gene.written}{same} is approved but not in the model's vocabulary; left out"
     if gene.how == "ambiguous":
-        return f"{gene.written} is ambiguous: several genes share that name; left out"
+        return f"{gene.written} is {AMBIGUOUS}; left out"
     unknown = "not in the vocabulary" if vocabulary is None else unknown_gene(gene.written, vocabulary)
     return f"{gene.written} is {unknown}; left out"
 

@@ -37,6 +37,7 @@ _SHORTEST_ROW = 16
 _TOKENS_AT_ONCE, _PAIRS_AT_ONCE, _ROWS_AT_ONCE = 8192, 2**24, 64
 # Without a position code nothing but memory limits a prompt.
 _LONGEST_ROW = 4096
+AMBIGUOUS = "ambiguous: several genes share that name"
 # Sets read from a stream before the first of them is completed.
 WINDOW = 1024
 
@@ -136,7 +137,8 @@ class Model:
 
         Raises:
             UserError: `number` or `permutations` under 1, symbols given otherwise, no gene, none that is known, or an
-                unknown symbol (the approved one, or the nearest ones, are named).
+                unknown symbol (the approved one, or the nearest ones, are named). In a list of lists it begins with
+                the place of the set, such as `genes[3]`.
         """
         for name, value in (("number", number), ("permutations", permutations)):
             if not isinstance(value, int | np.integer) or value < 1:
@@ -145,7 +147,10 @@ class Model:
             background = list(background)
         candidates_V = None if background is None else self.background(_checked(background))
         single = not _is_list(genes) or all(isinstance(one, str) for one in genes)
-        prompts = [self._ids(_checked(symbols), skip_unknown) for symbols in ([genes] if single else genes)]
+        if single:
+            prompts = [self._ids(_checked(genes), skip_unknown)]
+        else:
+            prompts = [self._ids_of_one(place, symbols, skip_unknown) for place, symbols in enumerate(genes)]
         queries = ((prompt, int(number)) for prompt in prompts)
         found = self.propose(queries, self.scorer(int(permutations)), sampling, candidates_V)
         completions = [self.records(ids, shares) for ids, shares in found]
@@ -294,13 +299,22 @@ class Model:
     def _longest_row(self) -> int:
         return max(self._row_length, _LONGEST_ROW) if self._config.position == "none" else self._row_length
 
+    def _ids_of_one(self, place: int, symbols: Any, skip_unknown: bool) -> np.ndarray:
+        try:
+            return self._ids(_checked(symbols), skip_unknown)
+        except UserError as error:
+            raise UserError(f"genes[{place}]: {error}") from None
+
     def _ids(self, symbols: Symbols, skip_unknown: bool) -> np.ndarray:
         ids = self.vocabulary.ids
         known = dict.fromkeys(ids[symbol] for symbol in symbols if symbol in ids)
         unknown = [symbol for symbol in symbols if symbol not in ids]
         if unknown and not (skip_unknown and known):
             symbol = unknown[0]
-            approved = SymbolTable.read().resolve(symbol).symbol
+            resolution = SymbolTable.read().resolve(symbol)
+            approved = resolution.symbol
+            if resolution.how == "ambiguous":
+                raise UserError(f"{symbol}: {AMBIGUOUS}; pass an approved symbol")
             if approved is None:
                 raise UserError(f"{symbol}: {unknown_gene(symbol, self.vocabulary)}")
             if approved in ids:
