@@ -113,6 +113,9 @@ def test_with_positions_a_prompt_longer_than_a_row_shows_a_seeded_subset(model, 
         proposals = model.complete(genes, 20, sampling=sampling)
         assert len(proposals) == 10
         assert not {one.symbol for one in proposals} & set(genes)
+    assert [model.room_to_draw(*sizes) for sizes in ((50, 20), (30, 12), (30, 20), (8, 20), (8, 25), (58, 9))] == [
+        (21, 10, 0), (19, 12, 0), (15, 16, 4), (8, 20, 0), (8, 23, 2), (29, 2, 0),
+    ]  # fmt: skip
     # 31 places: the 20 drawn leave 11 for the prompt, but at least 15 of it are shown.
     assert len(model.complete(genes[:30], 20, sampling=Sampling())) == 16
     assert len(model.complete(genes[:8], 20, sampling=Sampling())) == 20
@@ -277,5 +280,10 @@ def test_a_stream_is_read_a_window_at_a_time(model, monkeypatch):
     assert len(next(results)[0]) == 1 and len(read) == 8
     sizes = [len(ids) for ids, _ in results]
     assert sizes == [1 + index % 3 for index in range(1, 30)]
-    everything = list(model.propose(queries(), sampling=Sampling()))
-    assert [len(ids) for ids, _ in everything] == [1 + index % 3 for index in range(30)]
+    for sampling in (None, Sampling()):
+        counts, done_by = [], []
+        for ids, _ in model.propose(queries(), sampling=sampling, advance=counts.append):
+            assert len(ids) == 1 + len(done_by) % 3
+            done_by.append(sum(counts))
+        # All of a window are done before the first of them is yielded.
+        assert done_by == [8] * 8 + [16] * 8 + [24] * 8 + [30] * 6
