@@ -60,7 +60,7 @@ class Room(NamedTuple):
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> Model:
-    """Open a checkpoint for completion: a run directory, or one step inside it.
+    """Open a checkpoint for completion: a run directory, one step inside it, or an export.
 
     Args:
         path: the checkpoint.
