@@ -3,9 +3,9 @@
     python -m benchmarks.pack_corpus pack corpora/full full.tcc
     python -m benchmarks.pack_corpus unpack full.tcc corpora/full
 
-The genes of each set are sorted, so their file order is lost: an unpacked corpus has a hash of its own, and
-`data.gene_order = "file"` means nothing there. Sorted ids are kept as differences, the low and the high byte of each in
-a stream of its own, and everything goes through xz.
+The genes of each set are sorted, so their file order is lost: an unpacked corpus has a hash of its own, and training
+with `data.gene_order = "file"` refuses it. Sorted ids are kept as differences, the low and the high byte of each in a
+stream of its own, and everything goes through xz.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def load(path: str) -> Model:
     """Open a checkpoint for completion.
 
     Args:
-        path: a run directory, or one step inside it (`RUN/checkpoints/STEP`).
+        path: a run directory, one step inside it (`RUN/checkpoints/STEP`), or an export.
 
     Returns:
         A `tcc_jax.completion.model.Model`, weights in float32 on the default device.

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -150,6 +151,51 @@ def test_a_gmt_file_streams_and_one_bad_set_does_not_stop_the_rest(folder, monke
         "  empty: no gene",
     ):
         assert any(line.startswith(text) for line in notes), text
+
+
+@pytest.mark.parametrize("decode", ["rank", "sample"])
+def test_progress_moves_by_the_batch_and_counts_each_set_once(folder, monkeypatch, capsys, decode):
+    counts = []
+
+    @contextlib.contextmanager
+    def noted(label):
+        yield counts.append
+
+    monkeypatch.setattr("tcc_jax.completion.completions.progress", noted)
+    # Prompts of two lengths are two batches for the sampler.
+    longer = "".join(f"long{index}\t\t" + "\t".join(f"G{gene}" for gene in range(20)) + "\n" for index in range(3))
+    (folder / "sets.gmt").write_text(GMT + longer)
+    run(monkeypatch, folder, "--gmt", str(folder / "sets.gmt"), "--number", "3", "--decode", decode)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5 * 3
+    assert sorted(counts) == sorted({"rank": [5], "sample": [2, 3]}[decode] + [1, 1, 1])
+
+
+@pytest.mark.parametrize("position", ["none", "learned"])
+def test_sampling_tells_what_a_row_has_no_room_for(folder, monkeypatch, capsys, position):
+    checkpoint = folder / f"run-{position}"
+    make_run(checkpoint, open_corpus(folder / "corpus"), position=position)
+    sets = {"short": 8, "long": 30, "middle": 12}
+    lines = (f"{name}\t\t" + "\t".join(f"G{gene}" for gene in range(size)) for name, size in sets.items())
+    (folder / "sets.gmt").write_text("\n".join(lines) + "\n" + "unknown\t\tXX\n")
+
+    def drawn(number, *flags):
+        fixed = ["--gmt", str(folder / "sets.gmt"), "--checkpoint", str(checkpoint), "--number", str(number)]
+        run(monkeypatch, folder, *fixed, *flags)
+        shown = capsys.readouterr()
+        names = [line.split("\t")[0] for line in shown.out.splitlines()[1:]]
+        return [names.count(name) for name in sets], [line for line in shown.err.splitlines() if "a row" in line]
+
+    asked = "4 sets do not fit in a row together with what is drawn: a random part of their genes was shown, or fewer"
+    assert drawn(20) == ([20, 20, 20], [])
+    if position == "none":
+        assert drawn(20, "--decode", "sample") == ([20, 20, 20], [])
+        return
+    parts = "long: 15 of 30 genes shown, at most 16 of 20 drawn"
+    assert drawn(20, "--decode", "sample") == ([20, 16, 19], [f"2 of {asked} can come back ({parts})"])
+    parts = "long: 26 of 30 genes shown, at most 5 of 5 drawn"
+    assert drawn(5, "--decode", "sample") == ([5, 5, 5], [f"1 of {asked} can come back ({parts})"])
+    parts = "short: 8 of 8 genes shown, at most 23 of 40 drawn"
+    assert drawn(40, "--decode", "sample") == ([23, 16, 19], [f"3 of {asked} can come back ({parts})"])
 
 
 def test_formats(folder, monkeypatch, capsys):

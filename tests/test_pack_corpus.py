@@ -37,6 +37,16 @@ def test_the_same_sets_come_back(packed, tmp_path):
     np.testing.assert_array_equal(batch["segments"], expected["segments"])
 
 
+def test_no_training_in_the_order_of_files_that_is_lost(packed, tmp_path):
+    corpus, file = packed
+    unpack(file, tmp_path / "again")
+    config = from_dict({"data": {"gene_order": "file"}})
+    assert BatchSource(config, corpus, "train").plan.num_rows
+    again = open_corpus(tmp_path / "again")
+    with pytest.raises(UserError, match=r"again was unpacked .* from the GMT files, or .* = 'shuffled'"):
+        BatchSource(config, again, "train")
+
+
 def test_a_file_that_is_there_is_kept(packed):
     with pytest.raises(UserError, match="exists"):
         pack(*packed)

@@ -17,7 +17,7 @@ from tcc_jax.baselines import Scorer
 from tcc_jax.baselines.index import TrainingIndex
 from tcc_jax.baselines.relevance import RelevanceModel
 from tcc_jax.completion.mixture import tuned_mixture
-from tcc_jax.completion.model import WINDOW, Model, Proposal, load, unknown_gene
+from tcc_jax.completion.model import AMBIGUOUS, WINDOW, Model, Proposal, load, unknown_gene
 from tcc_jax.completion.options import CompleteOptions, Format
 from tcc_jax.completion.ranker import batched
 from tcc_jax.completion.sampler import Sampling
@@ -112,7 +112,8 @@ def write_completions(options: CompleteOptions, format: Format) -> None:
     with progress("completing") as advance, _open_output(options.out) as file:
         queries = _queries(options, finder, problems)
         completions = _complete(model, queries, options.number, scorer, sampling, candidates_V, evidence, advance)
-        for piece in _render(_watched(completions, model, problems), format, model.vocabulary, details):
+        watched = _watched(completions, model, problems, options.number if sampling else None)
+        for piece in _render(watched, format, model.vocabulary, details):
             file.write(piece)
 
 
@@ -168,28 +169,41 @@ def _complete(
     # One that can't be completed has its problem instead of proposals, and does not stop the others.
     for window in batched(queries, WINDOW):
         known = ((query.ids, number) for query in window if len(query.ids))
-        found = model.propose(known, sampling=sampling, candidates_V=candidates_V, scorer=scorer)
+        # Counted where they are done: by the batch, and those without a known gene below.
+        found = model.propose(known, scorer, sampling, candidates_V, advance)
         for query in window:
             if not len(query.ids):
                 yield Completion(query, [], None, "no known gene" if query.symbols else "no gene")
+                advance(1)
             else:
                 ids, shares = next(found)
                 why = evidence(query.ids, ids) if evidence is not None else None
                 # Also where the model, allowed to, ends a set at once.
                 problem = "" if len(ids) else "no gene is left to propose"
                 yield Completion(query, model.records(ids, shares), why, problem)
-            advance(1)
 
 
-def _watched(completions: Iterable[Completion], model: Model, problems: Problems) -> Iterator[Completion]:
-    """Pass completions on, then list what became of symbols and which sets could not be completed."""
+def _watched(
+    completions: Iterable[Completion], model: Model, problems: Problems, sampled: int | None
+) -> Iterator[Completion]:
+    """Pass completions on, then list what became of symbols and which sets could not be completed, or not in full.
+
+    With `sampled`, the genes asked for, they are drawn one after the other instead of ranked.
+    """
     notes: collections.Counter[str] = collections.Counter()
     read, cut, failed, shown = 0, 0, 0, []
+    crowded, example = 0, ""
     first: Completion | None = None
     for completion in completions:
         first = first or completion
         read += 1
-        cut += len(completion.query.ids) > model.prompt_limit
+        given = len(completion.query.ids)
+        if sampled is None:
+            cut += given > model.prompt_limit
+        elif given and ((room := model.room_to_draw(given, sampled)).shown < given or room.missing):
+            crowded += 1
+            parts = f"{room.shown:,} of {given:,} genes shown, at most {room.drawn:,} of {sampled:,} drawn"
+            example = example or f"{completion.query.name}: {parts}"
         if completion.problem:
             failed += 1
             if failed <= _LISTED:
@@ -212,6 +226,9 @@ def _watched(completions: Iterable[Completion], model: Model, problems: Problems
     if cut:
         part = f"the model sees a random {model.prompt_limit:,} of them"
         log(f"{cut:,} of {read:,} sets hold more genes than a row: {part}")
+    if crowded:
+        part = "a random part of their genes was shown, or fewer can come back"
+        log(f"{crowded:,} of {read:,} sets do not fit in a row together with what is drawn: {part} ({example})")
     if failed:
         log(f"{failed:,} of {read:,} sets could not be completed:")
         log_lines(f"  {line}" for line in shown)
@@ -240,7 +257,7 @@ def _note(gene: FoundGene, vocabulary: Vocabulary | None) -> str:
         same = "" if gene.written == gene.symbol else f" is {gene.symbol} ({gene.how}), which"
         return f"{gene.written}{same} is approved but not in the model's vocabulary; left out"
     if gene.how == "ambiguous":
-        return f"{gene.written} is ambiguous: several genes share that name; left out"
+        return f"{gene.written} is {AMBIGUOUS}; left out"
     unknown = "not in the vocabulary" if vocabulary is None else unknown_gene(gene.written, vocabulary)
     return f"{gene.written} is {unknown}; left out"
 

@@ -7,10 +7,10 @@ import difflib
 import functools
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ _SHORTEST_ROW = 16
 _TOKENS_AT_ONCE, _PAIRS_AT_ONCE, _ROWS_AT_ONCE = 8192, 2**24, 64
 # Without a position code nothing but memory limits a prompt.
 _LONGEST_ROW = 4096
+AMBIGUOUS = "ambiguous: several genes share that name"
 # Sets read from a stream before the first of them is completed.
 WINDOW = 1024
 
@@ -50,8 +51,16 @@ class Proposal:
     probability: float
 
 
+class Room(NamedTuple):
+    """How sampling fits a set into a row: its genes that are shown, those that can be drawn, and those that can't."""
+
+    shown: int
+    drawn: int
+    missing: int
+
+
 def load(path: str | Path, mesh: Mesh | None = None) -> Model:
-    """Open a checkpoint for completion: a run directory, or one step inside it.
+    """Open a checkpoint for completion: a run directory, one step inside it, or an export.
 
     Args:
         path: the checkpoint.
@@ -136,7 +145,8 @@ class Model:
 
         Raises:
             UserError: `number` or `permutations` under 1, symbols given otherwise, no gene, none that is known, or an
-                unknown symbol (the approved one, or the nearest ones, are named).
+                unknown symbol (the approved one, or the nearest ones, are named). In a list of lists it begins with
+                the place of the set, such as `genes[3]`.
         """
         for name, value in (("number", number), ("permutations", permutations)):
             if not isinstance(value, int | np.integer) or value < 1:
@@ -145,7 +155,10 @@ class Model:
             background = list(background)
         candidates_V = None if background is None else self.background(_checked(background))
         single = not _is_list(genes) or all(isinstance(one, str) for one in genes)
-        prompts = [self._ids(_checked(symbols), skip_unknown) for symbols in ([genes] if single else genes)]
+        if single:
+            prompts = [self._ids(_checked(genes), skip_unknown)]
+        else:
+            prompts = [self._ids_of_one(place, symbols, skip_unknown) for place, symbols in enumerate(genes)]
         queries = ((prompt, int(number)) for prompt in prompts)
         found = self.propose(queries, self.scorer(int(permutations)), sampling, candidates_V)
         completions = [self.records(ids, shares) for ids, shares in found]
@@ -157,6 +170,7 @@ class Model:
         scorer: Scorer | None = None,
         sampling: Sampling | None = None,
         candidates_V: np.ndarray | None = None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Complete a stream of sets of any number, in bounded memory.
 
@@ -168,6 +182,7 @@ class Model:
             scorer: rank by its scores, such as those of `scorer(permutations)` or a mixture, instead of the model's.
             sampling: draw jointly in this way instead of ranking.
             candidates_V: [V] bool, the genes that may be proposed; all unless given.
+            advance: called with the number of sets just done, before they are yielded.
 
         Yields:
             For each set, in order: ids, int32, and probabilities, float32, as `rank` or `Sampler.draw` give them.
@@ -175,12 +190,28 @@ class Model:
         for window in batched(queries, WINDOW):
             prompts, counts = [prompt for prompt, _ in window], [count for _, count in window]
             if sampling is None:
-                ids, shares = rank(scorer or self.score, prompts, counts, candidates_V=candidates_V)
+                ids, shares = rank(scorer or self.score, prompts, counts, advance, candidates_V)
             else:
                 shown, budgets = zip(*(self._fit_to_draw(prompt, count) for prompt, count in window), strict=True)
                 seeds = [_seed_of(prompt, sampling.seed) for prompt in prompts]
-                ids, shares = self._sampler.draw(shown, budgets, seeds, sampling, candidates_V, prompts)
+                ids, shares = self._sampler.draw(shown, budgets, seeds, sampling, candidates_V, prompts, advance)
             yield from zip(ids, shares, strict=True)
+
+    def room_to_draw(self, given: int, count: int) -> Room:
+        """Return how many of so many visible genes sampling shows to the model, and how many it can draw.
+
+        Args:
+            given: visible genes.
+            count: genes asked for.
+        """
+        # More than the genes that are left can't be drawn; a larger budget would only take memory.
+        count = min(count, self.vocabulary.size - NUM_SPECIAL - given)
+        if self._config.position == "none":
+            return Room(min(given, self.prompt_limit), count, 0)
+        row = self._row_length - 1
+        shown = min(given, max(row - count, row // 2))
+        drawn = min(count, row - shown)
+        return Room(shown, drawn, count - drawn)
 
     def scorer(self, permutations: int = 1) -> Scorer:
         """Return a scorer that averages log-probabilities over random permutations of the visible genes.
@@ -294,13 +325,22 @@ class Model:
     def _longest_row(self) -> int:
         return max(self._row_length, _LONGEST_ROW) if self._config.position == "none" else self._row_length
 
+    def _ids_of_one(self, place: int, symbols: Any, skip_unknown: bool) -> np.ndarray:
+        try:
+            return self._ids(_checked(symbols), skip_unknown)
+        except UserError as error:
+            raise UserError(f"genes[{place}]: {error}") from None
+
     def _ids(self, symbols: Symbols, skip_unknown: bool) -> np.ndarray:
         ids = self.vocabulary.ids
         known = dict.fromkeys(ids[symbol] for symbol in symbols if symbol in ids)
         unknown = [symbol for symbol in symbols if symbol not in ids]
         if unknown and not (skip_unknown and known):
             symbol = unknown[0]
-            approved = SymbolTable.read().resolve(symbol).symbol
+            resolution = SymbolTable.read().resolve(symbol)
+            approved = resolution.symbol
+            if resolution.how == "ambiguous":
+                raise UserError(f"{symbol}: {AMBIGUOUS}; pass an approved symbol")
             if approved is None:
                 raise UserError(f"{symbol}: {unknown_gene(symbol, self.vocabulary)}")
             if approved in ids:
@@ -318,13 +358,8 @@ class Model:
         return prompt[np.sort(chosen)]
 
     def _fit_to_draw(self, prompt: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-        # More than the genes that are left can't be drawn; a larger budget would only take memory.
-        count = min(count, self.vocabulary.size - NUM_SPECIAL - len(prompt))
-        if self._config.position == "none":
-            return self._fit(prompt, self.prompt_limit), count
-        room = self._row_length - 1
-        shown = min(len(prompt), max(room - count, room // 2))
-        return self._fit(prompt, shown), min(count, room - shown)
+        room = self.room_to_draw(len(prompt), count)
+        return self._fit(prompt, room.shown), room.drawn
 
     def _bucket(self, prompt: np.ndarray) -> int:
         return min(max(power_of_two(len(prompt) + 1), _SHORTEST_ROW), self._longest_row)

@@ -49,13 +49,19 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         -`cluster_balance`. Sets of other splits weigh the same.
 
         Raises:
-            UserError: the split is empty, the rows cannot be divided among the hosts, a library with a weight is not in
-                the corpus (the nearest ones are named), or no set has a weight over 0.
+            UserError: the split is empty, the rows cannot be divided among the hosts, genes are to come in the order of
+                their files and the corpus has lost it, a library with a weight is not in the corpus (the nearest ones
+                are named), or no set has a weight over 0.
         """
         training, objective = config.training, config.objective
         rows, row_length = training.batch_rows, training.row_length
         if rows % num_hosts:
             raise UserError(f"training.batch_rows = {rows}: must be a multiple of the number of hosts, {num_hosts}")
+        if config.data.gene_order == "file" and "packed_from" in corpus.meta:
+            raise UserError(
+                f"data.gene_order = 'file': {corpus.path} was unpacked from a file that does not keep it; prepare the "
+                "corpus from the GMT files, or train with data.gene_order = 'shuffled'"
+            )
         self._corpus = corpus
         self._sets = corpus.indices(split)
         if not len(self._sets):

@@ -113,6 +113,9 @@ def test_with_positions_a_prompt_longer_than_a_row_shows_a_seeded_subset(model, 
         proposals = model.complete(genes, 20, sampling=sampling)
         assert len(proposals) == 10
         assert not {one.symbol for one in proposals} & set(genes)
+    assert [model.room_to_draw(*sizes) for sizes in ((50, 20), (30, 12), (30, 20), (8, 20), (8, 25), (58, 9))] == [
+        (21, 10, 0), (19, 12, 0), (15, 16, 4), (8, 20, 0), (8, 23, 2), (29, 2, 0),
+    ]  # fmt: skip
     # 31 places: the 20 drawn leave 11 for the prompt, but at least 15 of it are shown.
     assert len(model.complete(genes[:30], 20, sampling=Sampling())) == 16
     assert len(model.complete(genes[:8], 20, sampling=Sampling())) == 20
@@ -155,15 +158,18 @@ def test_numbers_may_be_those_of_numpy(model, sampling):
         (["G1", "g2"], 5, "g2: not in the vocabulary; the nearest: G2"),
         (["XXXXXXX"], 5, "XXXXXXX: not in the vocabulary"),
         ([], 5, "no gene"),
-        ([["G1"], []], 5, "no gene"),
+        ([["G1"], []], 5, r"^genes\[1\]: no gene"),
         ("G1", 5, "'G1': pass symbols as a list"),
         (None, 5, "None: pass symbols as a list"),
         ({"G1"}, 5, "pass symbols as a list"),
         ([1, 2], 5, "1: pass symbols as a list"),
-        ([["G1"], "G2"], 5, "'G2': pass symbols as a list"),
-        (["G1", ["G2"]], 5, "'G1': pass symbols as a list"),
+        ([["G1"], "G2"], 5, r"^genes\[1\]: 'G2': pass symbols as a list"),
+        (["G1", ["G2"]], 5, r"^genes\[0\]: 'G1': pass symbols as a list"),
+        ([["G1"], ["G2"], ["G3", "g2"]], 5, r"^genes\[2\]: g2: not in the vocabulary; the nearest: G2"),
+        (["G1", "BAR"], 5, "^BAR: ambiguous: several genes share that name; pass an approved symbol$"),
+        ([["BAR"]], 5, r"^genes\[0\]: BAR: ambiguous"),
         (["G1"], 2.5, "number = 2.5"),
-        (["BRCC1"], 5, "BRCC1: not in the vocabulary"),
+        (["BRCC1"], 5, "^BRCC1: ambiguous"),
         (["G1"], 0, "number = 0"),
         (["G1/G2"], 5, "G1/G2: not in the vocabulary"),
         (["G1\tG2"], 5, "not in the vocabulary"),
@@ -274,5 +280,10 @@ def test_a_stream_is_read_a_window_at_a_time(model, monkeypatch):
     assert len(next(results)[0]) == 1 and len(read) == 8
     sizes = [len(ids) for ids, _ in results]
     assert sizes == [1 + index % 3 for index in range(1, 30)]
-    everything = list(model.propose(queries(), sampling=Sampling()))
-    assert [len(ids) for ids, _ in everything] == [1 + index % 3 for index in range(30)]
+    for sampling in (None, Sampling()):
+        counts, done_by = [], []
+        for ids, _ in model.propose(queries(), sampling=sampling, advance=counts.append):
+            assert len(ids) == 1 + len(done_by) % 3
+            done_by.append(sum(counts))
+        # All of a window are done before the first of them is yielded.
+        assert done_by == [8] * 8 + [16] * 8 + [24] * 8 + [30] * 6

@@ -191,6 +191,16 @@ def test_candidates_run_out():
     assert nothing[0].tolist() == []
 
 
+def test_each_set_is_counted_once_when_its_batch_is_done():
+    sampler, counts = sampler_of(), []
+    # 70 short prompts, in two batches of at most 64 rows, 5 longer ones, and 3 sets with nothing to draw.
+    prompts, budgets = prompts_of(73, 1, 15) + prompts_of(5, 16, 31), [4] * 70 + [0] * 3 + [4] * 5
+    drawn, _ = sampler.draw(prompts, budgets, range(78), Sampling(), advance=counts.append)
+    assert counts == [3, 64, 6, 5] and [len(ids) for ids in drawn] == budgets
+    counts.clear()
+    assert sampler.draw([], [], [], Sampling(), advance=counts.append) == ([], []) and not counts
+
+
 def test_mixed_lengths_compile_once_a_bucket():
     config = dataclasses.replace(CONFIG, num_layers=1)
     sampler = sampler_of(config)

@@ -45,13 +45,13 @@ def make_corpus(folder: Path, prefix: str = "G", num_sets: int = 90) -> Corpus:
     return open_corpus(folder)
 
 
-def make_run(folder: Path, corpus: Corpus, row_length: int = 32, seed: int = 3) -> Config:
+def make_run(folder: Path, corpus: Corpus, row_length: int = 32, seed: int = 3, position: str = "none") -> Config:
     """Write a run directory with one checkpoint of a randomly initialised decoder."""
     config = from_dict(
         {
             "run": {"directory": str(folder)},
             "data": {"corpus": str(corpus.path)},
-            "model": {"num_layers": 1, "width": 16, "num_heads": 2, "matmul_dtype": "float32"},
+            "model": {"num_layers": 1, "width": 16, "num_heads": 2, "matmul_dtype": "float32", "position": position},
             "training": {"row_length": row_length},
         }
     )
