@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000"
 WARM_UP = 3
 IGNORED = -100
+_MIXED = ("float32", "bfloat16")
 # Bytes of our part of a GPU's memory under which a batch is halved: 64 rows of the 120M shape need about 34 GiB
 # of it by arithmetic (AOT.md and three states), nobody has run it there.
 SMALLEST_SHARE = 45 * 2**30
@@ -240,6 +241,8 @@ def compare(options: argparse.Namespace) -> None:
     print(as_table(rows))
     for check in record["checks"]:
         print(check)
+    if missing := untimed(rows):
+        sys.exit(f"error: not timed: {'; '.join(missing)}")
 
 
 def variant(parts: int, residual: str) -> str:
@@ -259,6 +262,13 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     theirs = [row["useful_tokens_per_second"]["median"] for row in timed if row["side"] == "PyTorch"]
     for row in timed:
         row["times_pytorch"] = row["useful_tokens_per_second"]["median"] / max(theirs) if theirs else None
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[str]:
+    """Name each form that failed, and each side of which nothing was timed."""
+    missing = [f"{row['side']}, {row['form']}, {row['dtype']} ({row['failed']})" for row in rows if "failed" in row]
+    timed = {row["side"] for row in rows if "useful_tokens_per_second" in row}
+    return missing + [f"anything of {side}" for side in ("tcc_jax", "PyTorch") if side not in timed]
 
 
 def checks(rows: list[dict[str, Any]], theirs: int, ours: float, size: int) -> list[str]:
@@ -309,7 +319,9 @@ def serve() -> None:
     )
     dtypes = first["dtypes"]
     residuals = first["residuals"]
-    kinds = [("causal", dtype, True, 1, residual) for dtype in dtypes for residual in residuals]
+    # Products in float32 have no use for a narrower residual stream.
+    kept = [(dtype, residual) for dtype in dtypes for residual in residuals if (dtype, residual) != _MIXED]
+    kinds = [("causal", dtype, True, 1, residual) for dtype, residual in kept]
     kinds += [("segments", dtype, True, 1, residuals[0]) for dtype in dtypes]
     if device == "cpu":  # a GPU is always faster with what is compiled
         kinds += [("causal", dtype, False, 1, residuals[0]) for dtype in dtypes]

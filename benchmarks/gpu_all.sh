@@ -101,9 +101,6 @@ bench train-residual 60 train "${train[@]}" --compute.attention "${backends[0]}"
 bench train-cut-points 60 train "${train[@]}" --objective.cut-points 2
 part compare-pytorch 240 "$python" benchmarks/compare_pytorch.py --json "$folder/compare-pytorch.json" \
   --torch-python "$torch_python" "${compare[@]}"
-bench data 30 data "${data[@]}"
-bench sample 120 sample "${sample[@]}"
-bench checkpoint 45 checkpoint "${checkpoint[@]}"
 # Do these compiler flags pay? Beside train-${backends[0]}: cuBLAS alone for products, no CUDA graphs, Triton for all.
 flags() {
   XLA_FLAGS="${XLA_FLAGS:-} $2" bench "train-$1" 60 train "${train[@]}" --compute.attention "${backends[0]}"
@@ -111,6 +108,9 @@ flags() {
 flags no-triton --xla_gpu_enable_triton_gemm=false
 flags no-graphs --xla_gpu_enable_command_buffer=
 flags triton-any --xla_gpu_triton_gemm_any=true
+bench data 30 data "${data[@]}"
+bench sample 120 sample "${sample[@]}"
+bench checkpoint 45 checkpoint "${checkpoint[@]}"
 if [ "$mode" != rehearse ] && [ -e "${CORPUS:-/nowhere}" ] && [ -e "${CHECKPOINT:-/nowhere}" ]; then
   part eval 60 bash -c '"$0" -m tcc_jax.eval --checkpoint "$1" --corpus "$2" --out "$3" --limit 1000 --overwrite \
     && echo "{\"measure\": \"eval\", \"results\": {\"seconds\": $SECONDS}}" >"$3.json"' \

@@ -265,8 +265,8 @@ def test_gpu_all_lists_its_parts():
     parts = [line.split()[0] for line in done.stdout.splitlines()]
     assert parts == [
         *("attention-tests", "train-cudnn", "train-pallas", "train-xla", "train-residual", "train-cut-points"),
-        *("compare-pytorch", "data", "sample", "checkpoint"),
-        *("train-no-triton", "train-no-graphs", "train-triton-any"),
+        *("compare-pytorch", "train-no-triton", "train-no-graphs", "train-triton-any"),
+        *("data", "sample", "checkpoint"),
     ]
     # Its commands are ones that the command line takes.
     for line in done.stdout.splitlines():
@@ -294,11 +294,11 @@ def test_gpu_all_goes_on_past_what_fails(tmp_path):
         "train-residual",
         "train-cut-points",
         "compare-pytorch",
-        "data",
-        "sample",
-        "checkpoint",
+        "train-no-triton",
+        "train-no-graphs",
+        "train-triton-any",
     ]
-    parts += ["train-no-triton", "train-no-graphs", "train-triton-any"]
+    parts += ["data", "sample", "checkpoint"]
     assert failed == [f"{part} (exit 1)" for part in parts]
 
 
@@ -332,6 +332,8 @@ def test_the_comparison_says_who_is_faster_and_whether_the_work_is_the_same():
     ]
     compare_pytorch.add_ratios(rows)
     assert [row.get("times_pytorch") for row in rows] == [1.5, 0.5, 1.0, None]
+    assert compare_pytorch.untimed(rows[:1]) == ["anything of PyTorch"]
+    assert compare_pytorch.untimed(rows) == ["PyTorch, d, bfloat16 (no compiler)"]
     said = compare_pytorch.checks(rows, theirs=100, ours=100.0, size=200)
     assert said[0].endswith("same") and "TOO FAR" not in said[1] + said[2] and said[3].endswith("TOO FAR")
     assert compare_pytorch.checks([], theirs=100, ours=101.0, size=200)[0].endswith("DIFFERENT")

@@ -4,7 +4,7 @@
 # processes that are left of a training say so by exit code 75.
 #
 #   RUN=/shared/runs/first CORPUS=/shared/corpora/mine \
-#     sbatch [--nodes=1 ...] configs/launch/slurm.sh configs/laptop.toml [--section.field value ...]
+#     sbatch [--nodes=1 ...] configs/launch/slurm.sh configs/tcc_120m.toml [--section.field value ...]
 #
 # Submit it from the top of a clone, with .venv (pip install -c constraints.txt ".[cuda12]"), on a file system that all
 # nodes see. RUN and CORPUS may be gs:// paths (".[cuda12,gcs]"). Options of sbatch go before those below.

@@ -4,7 +4,7 @@
 #
 #   gcloud storage cp --recursive corpora/mine gs://BUCKET/corpora/
 #   PROJECT=my-project ZONE=us-east5-b BUCKET=my-bucket NAME=first CORPUS=mine \
-#     bash configs/launch/tpu_vm.sh configs/laptop.toml [--section.field value ...]
+#     bash configs/launch/tpu_vm.sh configs/tcc_120m.toml [--section.field value ...]
 #
 # Run it from the top of a clone, where it can stay for as long as the training takes (tmux on a small VM will do): what
 # it installs is the last commit. The slice is deleted when the script ends, however it ends.

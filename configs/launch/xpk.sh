@@ -5,7 +5,7 @@
 #   xpk cluster create --cluster=my-cluster --tpu-type=v6e-8 --num-slices=1 --spot --project=... --zone=...
 #   gcloud storage cp --recursive corpora/mine gs://BUCKET/corpora/
 #   PROJECT=my-project ZONE=us-east5-b CLUSTER=my-cluster IMAGE=... BUCKET=my-bucket NAME=first CORPUS=mine \
-#     bash configs/launch/xpk.sh configs/laptop.toml [--section.field value ...]
+#     bash configs/launch/xpk.sh configs/tcc_120m.toml [--section.field value ...]
 #
 # Run it from the top of a clone. The pods must be allowed to write to the bucket.
 set -euo pipefail

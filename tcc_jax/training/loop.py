@@ -68,8 +68,8 @@ def train(
     the last line; null if all were skipped), `skipped_steps` (among them), `learning_rate` and `gradient_norm` (of that
     step; null if it is not finite), `tokens_per_second` (useful tokens), `sets_per_second`, `mfu` and `mfu_segments`
     (`tcc_jax.training.metrics.model_flops_utilization`), `data_wait` (share of the time in which the loop waited for
-    the loader), `memory_bytes` (`tcc_jax.training.metrics.memory_bytes`), `seconds` (spent in this run, resumes
-    included) and `epoch`; or `step`, `validation_loss` and, where measured, `validation_recall`.
+    the loader), `memory_bytes` and `memory_peak_bytes` (`tcc_jax.training.metrics.memory_bytes`), `seconds` (spent in
+    this run, resumes included) and `epoch`; or `step`, `validation_loss` and, where measured, `validation_recall`.
 
     Args:
         config: the run.

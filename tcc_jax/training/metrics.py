@@ -118,13 +118,18 @@ def model_flops_utilization(
     return round(flops / (peak * len(devices)), 5)
 
 
-def memory_bytes() -> int:
-    """Return the most memory a device of this host has held so far; on a CPU, the most this process has."""
+def memory_bytes() -> tuple[int, int]:
+    """Return the memory in use on the fullest device of this host, and the most that any has held so far.
+
+    On a CPU both are of this process.
+    """
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if not all(stats):
-        # Linux counts in units of 1,024 bytes, macOS in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(entry["peak_bytes_in_use"] for entry in stats)
+    if all(stats):
+        return max(entry["bytes_in_use"] for entry in stats), max(entry["peak_bytes_in_use"] for entry in stats)
+    # Linux counts in units of 1,024 bytes, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else peak, peak
 
 
 class SpikeDetector:

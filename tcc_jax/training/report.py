@@ -98,6 +98,7 @@ class Report:
             self._words = f"loss {line['loss'] or math.nan:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
             norm = float(values["gradient_norm"])
             rate, per_token = line["tokens_per_second"], line["per_token"]
+            used, peak = memory_bytes()
             self._write(
                 step=step,
                 loss=line["loss"],
@@ -110,7 +111,8 @@ class Report:
                 mfu=None if per_token is None else self._utilization(rate, None, per_token[1]),
                 mfu_segments=None if per_token is None else self._utilization(rate, *per_token),
                 data_wait=line["data_wait"],
-                memory_bytes=memory_bytes(),
+                memory_bytes=used,
+                memory_peak_bytes=peak,
                 seconds=round(self.seconds(), 3),
                 epoch=round(step / self.steps_per_epoch, 4),
             )

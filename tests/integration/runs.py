@@ -9,7 +9,16 @@ from pathlib import Path
 from tests.training.corpora import write_small_corpus
 
 # What a line of metrics has of the clock and the machine.
-CLOCK = ("seconds", "tokens_per_second", "sets_per_second", "mfu", "mfu_segments", "data_wait", "memory_bytes")
+CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "sets_per_second",
+    "mfu",
+    "mfu_segments",
+    "data_wait",
+    "memory_bytes",
+    "memory_peak_bytes",
+)
 
 
 def write_run(folder: Path, num_sets: int = 120, **sections: dict) -> Path:

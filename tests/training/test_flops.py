@@ -19,6 +19,11 @@ CONFIG = Config(
     [
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),
+        ("TPU v4", 275e12),
+        ("TPU v6 lite", 918e12),
+        # One of a chip's two devices.
+        ("TPU7x", 1153.5e12),
+        ("NVIDIA B200", 2250e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),

@@ -199,6 +199,7 @@ def test_what_a_run_leaves_behind(finished, capsys):
         "mfu_segments",
         "data_wait",
         "memory_bytes",
+        "memory_peak_bytes",
         "seconds",
         "epoch",
     ]
