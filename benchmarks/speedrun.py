@@ -239,14 +239,14 @@ def count_seen(config: Config, corpus: Corpus) -> Callable[[int], Seen]:
     from tcc_jax.training.flops import flops_per_token
 
     source = BatchSource(config, corpus, "train")
-    lengths = source.plan.slot_lengths
-    scored = config.objective.cut_points * len(lengths) / lengths.sum() or None
+    num_sets, num_tokens = len(source.plan.slot_lengths), int(source.plan.slot_lengths.sum())
+    scored = config.objective.cut_points * num_sets / num_tokens or None
     flops = flops_per_token(config, corpus.vocabulary.size, None, scored)
 
     def seen(step: int) -> Seen:
         epochs = step / source.steps_per_epoch
-        tokens = round(epochs * int(lengths.sum()))
-        return Seen(round(epochs * len(lengths)), tokens, tokens * flops)
+        tokens = round(epochs * num_tokens)
+        return Seen(round(epochs * num_sets), tokens, tokens * flops)
 
     return seen
 
