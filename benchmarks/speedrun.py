@@ -4,8 +4,8 @@ Makes the state that CONFIG starts from, trains it, completes the reference sets
 quarter or more and at the end, and tells when each mark was passed. Nothing is chosen by what is measured.
 
 Seconds are those of `tcc_jax.training.loop.train` up to a step, without the measurements: reading and packing,
-compilation, steps and the validation's loss. The start (spectral vectors, made on the host) is counted apart, and both
-together are given beside. Imports are in neither, nor is the one checkpoint, written at the end; the whole command's
+compilation, steps and the validation's loss. The start (spectral vectors) is counted apart, and both together are given
+beside. Imports are in neither, nor is the one checkpoint, written at the end; the whole command's
 time holds them. RUN-start holds the start and RUN-export the final weights in bfloat16. Run from the repository's root.
 """
 
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -63,6 +63,8 @@ class Options:
     """Steps before the first measurement; the others are at multiples of it."""
     steps: int = 0
     """Steps of the run, over which its schedule goes; 0 takes those of the configuration."""
+    start: Literal["host", "device"] = "host"
+    """Where the vectors of a spectral start are made: as `train` makes them, or by benchmarks/device_spectral.py."""
     limit: float = 0
     """Seconds of this command, measurements included, after which training stops where it is; 0 sets no limit."""
 
@@ -93,7 +95,7 @@ def main() -> None:
     from tcc_jax.runs.exports import write_export
 
     reference = read_reference(options, corpus.vocabulary)
-    start_seconds = write_start(config, corpus, start)
+    start_seconds = write_start(config, corpus, start, on_device=options.start == "device")
     log(f"{start}: the start, {start_seconds:.1f} s")
     run = Run(config, corpus, reference, start_seconds)
     run.measure(read_checkpoint(start))
@@ -107,6 +109,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": packages(),
+        "start": options.start,
         "start_seconds": round(start_seconds, 2),
         "wall_seconds": round(time.perf_counter() - began, 1),
         "points": run.points,
@@ -131,10 +134,11 @@ def prepare(options: Options) -> tuple[Config, Corpus]:
     return config, open_corpus(config.data.corpus)
 
 
-def write_start(config: Config, corpus: Corpus, out: Path) -> float:
+def write_start(config: Config, corpus: Corpus, out: Path, *, on_device: bool = False) -> float:
     """Write the parameters that a run starts from as an export, and return the seconds it took to make them."""
     import jax
 
+    from benchmarks.device_spectral import device_vectors
     from tcc_jax.corpus.spectral import spectral_vectors
     from tcc_jax.runs.checkpoint import LoadedCheckpoint, describe
     from tcc_jax.runs.exports import write_export
@@ -144,7 +148,8 @@ def write_start(config: Config, corpus: Corpus, out: Path) -> float:
     began, objective, vocabulary = time.perf_counter(), config.objective, corpus.vocabulary
     num_sets = len(corpus.indices("train"))
     bias_V = frequency_bias(vocabulary.counts, num_sets) if objective.frequency_bias else None
-    vectors_VD = spectral_vectors(corpus, config.model.width) if objective.spectral_start else None
+    make_vectors = device_vectors if on_device else spectral_vectors
+    vectors_VD = make_vectors(corpus, config.model.width) if objective.spectral_start else None
     params = create_state(config, vocabulary.size, bias_V, make_mesh(config), vectors_VD).params
     jax.block_until_ready(params)
     seconds = time.perf_counter() - began

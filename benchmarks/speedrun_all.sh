@@ -36,10 +36,10 @@ work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/compilations}
 failed=()
-every=100 tiny=() tiny_torch=()
+every=100 start=device tiny=() tiny_torch=()
 if [ "$mode" = rehearse ]; then
   export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=
-  limit=$((3 * limit)) every=4
+  limit=$((3 * limit)) every=4 start=host
   tiny=(num_layers=1 width=32 num_heads=2 hidden_width=32 'matmul_dtype="float32"' steps=20 batch_rows=32 warmup_steps=4
     recall_sets=64 log_every=5)
   tiny_torch=(num_layers=1 width=32 num_heads=2 steps=12 batch_rows=4 row_length=128 warmup_steps=4)
@@ -103,7 +103,7 @@ fi
 
 if [[ $parts = *" jax "* ]]; then
   make_config speedrun "${tiny[@]}"
-  run_jax() { speedrun speedrun benchmarks.speedrun $(($(left) - reserved)); }
+  run_jax() { speedrun speedrun benchmarks.speedrun $(($(left) - reserved)) --start "$start"; }
   if ! run_jax && grep -q 'output tile sizes' "$folder/speedrun.log" && [ "$(left)" -gt 120 ]; then
     # Of JAX 0.10.2 ahead of time; on a device XLA is thought to drop what it cannot compile.
     echo "== once more without Triton's products"

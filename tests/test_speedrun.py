@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import speedrun, speedrun_pytorch
+from benchmarks.device_spectral import device_vectors
 from benchmarks.speedrun import Run, count_seen, first_points, is_due, remembered, table, write_start
 from tcc_jax.config import read_toml
 from tcc_jax.corpus.loader import BatchSource
+from tcc_jax.corpus.spectral import spectral_vectors
 from tcc_jax.corpus.store import open_corpus
 from tcc_jax.runs.checkpoint import read_checkpoint
 from tcc_jax.training.loop import train
@@ -57,6 +59,13 @@ def test_a_run_out_of_time_stops_where_it_is(corpus, tmp_path, monkeypatch):
     run.measure(read_checkpoint(tmp_path / "start"))
     run.train(tmp_path / "start", 2, until=0.0)
     assert 2 <= read_checkpoint(tmp_path / "run").step < 10
+
+
+def test_vectors_made_on_a_device_are_those_of_the_host_but_for_a_rotation(corpus, monkeypatch):
+    monkeypatch.setattr("benchmarks.device_spectral._SETS_AT_ONCE", 16)
+    found, expected = device_vectors(corpus, 12, iterations=100), spectral_vectors(corpus, 12)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3)
+    assert not device_vectors(corpus, 128, iterations=1)[:, 56:].any()
 
 
 @pytest.mark.parametrize("cut_points", [0, 2])
