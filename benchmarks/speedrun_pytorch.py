@@ -3,12 +3,12 @@
     python -m benchmarks.speedrun_pytorch CONFIG --gmt tcc1000.gmt --drawn-counts TABLE --out FILE.json
         [--torch-python TORCH_VENV/bin/python]
 
-CONFIG is that of a next-gene run, such as configs/tcc_original.toml: its packed rows, shape, AdamW and schedule are
-taken over. PyTorch trains in a process of its own (this file again), compiled, in bfloat16 on a GPU, with its plain
+CONFIG is that of a next-gene run, such as configs/speedrun_pytorch.toml: its packed rows, shape, AdamW and schedule
+are taken over. PyTorch trains in a process of its own (this file again), compiled, in bfloat16 on a GPU, with its plain
 causal mask, the fastest form: a set then sees those packed before it. Positions count from the start of each set.
-Seconds are those of training, compilation included; unlike in `benchmarks.speedrun` no wait for data, validation or
-save is in them, which favours PyTorch. The reference sets are completed by its logits after the visible genes, ranked
-and tested as there. Run from the repository's root.
+Seconds are those of training, compilation included; unlike in `benchmarks.speedrun` no reading, packing or wait for
+data and no validation is in them, which favours PyTorch. The reference sets are completed by its logits after the
+visible genes, ranked and tested as there. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -61,13 +61,10 @@ def _speedrun() -> None:
     import numpy as np
 
     from benchmarks.compare_generate import ask
-    from benchmarks.speedrun import Options, first_points, measure, read_reference, table
-    from tcc_jax.config import read_toml
+    from benchmarks.speedrun import Options, count_seen, first_points, is_due, measure, prepare, read_reference, table
     from tcc_jax.corpus.loader import BatchSource
-    from tcc_jax.corpus.store import open_corpus
     from tcc_jax.model.decoder import padded_vocabulary_size
     from tcc_jax.terminal import UserError, parse_arguments
-    from tcc_jax.training.flops import flops_per_token
     from tcc_jax.training.optimizer import learning_rate
 
     @dataclass(frozen=True)
@@ -78,17 +75,20 @@ def _speedrun() -> None:
         """Python with torch and transformers."""
 
     options = parse_arguments(TorchOptions, prog="python -m benchmarks.speedrun_pytorch")
-    config = read_toml(options.config)
+    command_began = time.perf_counter()
+    config, corpus = prepare(options)
     for field, wanted in _WANTED.items():
         section, name = field.split(".")
         if (value := getattr(getattr(config, section), name)) != wanted:
             raise UserError(f"{options.config}: {field} = {value!r}: PyTorch trains here with {wanted!r} only")
-    corpus = open_corpus(config.data.corpus)
+    if config.data.gene_order == "file" and "packed_from" in corpus.meta:
+        raise UserError(
+            f'{options.config}: data.gene_order = "file": {corpus.path} was unpacked, its genes lie in the order of '
+            'their ids and no longer in that of the file; use data.gene_order = "shuffled"'
+        )
     size, steps = corpus.vocabulary.size, config.training.steps
-    sets, counts = read_reference(options, corpus.vocabulary)
-    source = BatchSource(config, corpus, "train")
-    batches = source.batches()
-    began = time.perf_counter()
+    reference, seen = read_reference(options, corpus.vocabulary), count_seen(config, corpus)
+    batches = BatchSource(config, corpus, "train").batches()
     server = subprocess.Popen(
         [options.torch_python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -122,27 +122,31 @@ def _speedrun() -> None:
             ask(server, {"score": size})
             return np.load(file.with_suffix(".npy"))
 
-        seconds, tokens = 0.0, 0
+        seconds, last = 0.0, 0
         for start in range(0, steps, options.every):
             stop = min(start + options.every, steps)
             window = [next(batches) for _ in range(start, stop)]
-            arrays = {name: np.stack([batch[name] for batch in window]) for name in ("tokens", "segments")}
-            np.savez(file, **arrays)
-            tokens += int((arrays["segments"] > 0).sum())
+            np.savez(file, **{name: np.stack([batch[name] for batch in window]) for name in ("tokens", "segments")})
             rates = [float(learning_rate(optimizer, steps, step)) for step in range(start, stop)]
             answer = ask(server, {"train": rates})
             seconds += answer["seconds"]
-            seen = round(stop / source.steps_per_epoch * len(corpus.indices("train")))
-            point = {"step": stop, "seconds": round(seconds, 2), "sets": seen, "loss": answer["loss"]}
-            point["flops"] = tokens * flops_per_token(config, size)
-            points.append(point | measure(score, sets, counts, size))
-            print(json.dumps(points[-1]), flush=True)
+            late = options.limit and time.perf_counter() - command_began > options.limit
+            if late or is_due(stop, steps, last):
+                last = stop
+                # Its start is random, and takes no time that is counted.
+                point = {"step": stop, "seconds": round(seconds, 2), "seconds_with_start": round(seconds, 2)}
+                point |= seen(stop)._asdict() | {"loss": answer["loss"]}
+                points.append(point | measure(score, reference, size))
+                print(json.dumps(points[-1]), flush=True)
+            if late:
+                break
     record = {
         "config": config.to_dict(),
         **where,
-        "wall_seconds": round(time.perf_counter() - began, 1),
+        "start_seconds": 0.0,
+        "wall_seconds": round(time.perf_counter() - command_began, 1),
         "points": points,
-        "marks": first_points(points, options.marks),
+        "marks": first_points(points),
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))

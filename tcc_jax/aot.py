@@ -56,7 +56,7 @@ def main() -> None:
 
     def report(compiled: Compiled) -> None:
         attempts.append(compiled)
-        log(f"{compiled.batch_rows:,} rows: {'fits' if compiled.fits else 'does not fit'} ({compiled.seconds:.0f} s)")
+        log(_in_words(compiled))
 
     if options.fit:
         largest_batch(config, size, target, report)
@@ -93,18 +93,29 @@ def _vocabulary_size(options: Options) -> int:
     return open_corpus(options.config.data.corpus).vocabulary.size
 
 
+def _in_words(compiled: Compiled) -> str:
+    rows, seconds = f"{compiled.batch_rows:,} rows", f"{compiled.seconds:.0f} s"
+    if compiled.failed:
+        return f"error: {rows}: the compiler failed ({seconds}): {compiled.reason}"
+    verdict = "fits" if compiled.fits else "does not fit"
+    aside = "" if compiled.triton else f"; products by cuBLAS alone, since with Triton: {compiled.reason}"
+    return f"{rows}: {verdict} ({seconds}{aside})"
+
+
 def _print(config: Config, target: Target, attempts: list[Compiled]) -> None:
-    def gib(count: int | None) -> str:
-        return "too much" if count is None else f"{count / 2**30:.2f}"
+    def gib(count: int) -> str:
+        return f"{count / 2**30:.2f}"
 
     rows = [
         [
             f"{compiled.batch_rows:,}",
             f"{compiled.batch_rows * config.training.row_length:,}",
             gib(compiled.state_bytes),
-            gib(compiled.temporary_bytes),
+            ("unknown" if compiled.failed else "too much")
+            if compiled.temporary_bytes is None
+            else gib(compiled.temporary_bytes),
             gib(target.memory_bytes),
-            "yes" if compiled.fits else "no",
+            "unknown" if compiled.failed else "yes" if compiled.fits else "no",
         ]
         for compiled in sorted(attempts, key=lambda compiled: compiled.batch_rows)
     ]

@@ -9,9 +9,10 @@ import sys
 import jax
 import pytest
 
+from tcc_jax import aot
 from tcc_jax.terminal import UserError
 from tcc_jax.training import ahead
-from tcc_jax.training.ahead import Compiled, Target, compile_step, find_target, largest_batch
+from tcc_jax.training.ahead import Compiled, Target, compile_step, find_target, largest_batch, try_compiler
 from tests.training.runs import small_config
 
 CONFIG = """
@@ -49,6 +50,56 @@ def test_a_step_that_needs_more_than_there_is_does_not_fit():
     total = needed.state_bytes + needed.temporary_bytes
     assert compile_step(config, 50, target(total, 1)).fits
     assert not compile_step(config, 50, target(total - 1, 1)).fits
+
+
+class Lowered:
+    """A lowered step whose compiler says `words`, with Triton's products or always."""
+
+    def __init__(self, words, always=False):
+        self.words, self.always, self.options = words, always, []
+
+    def compile(self, options):
+        self.options.append(options)
+        if self.always or not options:
+            raise jax.errors.JaxRuntimeError(self.words)
+        return self
+
+    def memory_analysis(self):
+        return "memory"
+
+
+NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
+
+
+@pytest.mark.parametrize(
+    ("platform", "words", "always", "asked", "outcome"),
+    [
+        ("cuda", "INTERNAL: no tiles\nmore", False, [None, NO_TRITON], ("memory", "INTERNAL: no tiles", False, False)),
+        ("cuda", "INTERNAL: no tiles", True, [None, NO_TRITON], (None, "INTERNAL: no tiles", False, True)),
+        ("cuda", "RESOURCE_EXHAUSTED: 99 GiB", False, [None], (None, "RESOURCE_EXHAUSTED: 99 GiB", True, False)),
+        ("tpu", "INTERNAL: no tiles", False, [None], (None, "INTERNAL: no tiles", True, True)),
+    ],
+)
+def test_a_compiler_that_fails_is_asked_without_triton_where_there_is_one(platform, words, always, asked, outcome):
+    lowered = Lowered(words, always)
+    assert try_compiler(lowered, platform) == outcome
+    assert lowered.options == asked
+
+
+def test_a_failure_of_the_compiler_is_a_line_and_no_verdict_on_memory(monkeypatch, capsys):
+    def compile_step(config, vocabulary_size, target):
+        return Compiled(config.training.batch_rows, 1, None, 2.0, False, "INTERNAL: no tiles", False, True)
+
+    monkeypatch.setattr(ahead, "compile_step", compile_step)
+    monkeypatch.setattr(ahead, "find_target", lambda *_: target(2**30, 1))
+    monkeypatch.setattr("sys.argv", ["aot", "configs/laptop.toml", "--topology", "h200", "--fit"])
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    with pytest.raises(SystemExit) as left:
+        aot.main()
+    assert left.value.code == 1
+    out, err = capsys.readouterr()
+    assert "error: 1 rows: the compiler failed (2 s): INTERNAL: no tiles" in err
+    assert out.splitlines()[-1].split()[-1] == "unknown"
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 37, 64, 1000])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,9 @@ class Compiled:
         temporary_bytes: what the step needs besides, on each device; None if the compiler found no way to fit it.
         seconds: of tracing and compilation.
         fits: whether both together fit.
-        reason: the compiler's words if it gave up.
+        reason: the compiler's words if it gave up, or where `triton` is false what it said before.
+        triton: whether Triton may make matrix products, as in a run; false where the compiler gave up with it.
+        failed: whether the compiler gave up for something else than memory.
     """
 
     batch_rows: int
@@ -85,6 +88,8 @@ class Compiled:
     seconds: float
     fits: bool
     reason: str = ""
+    triton: bool = True
+    failed: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -149,19 +154,45 @@ def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compil
     platform = {"gpu": "cuda"}.get(target.devices[0].platform, target.devices[0].platform)
     with tracing_for_absent_gpu() if platform == "cuda" else contextlib.nullcontext():
         traced = make_train_step(config, vocabulary_size, mesh).trace(state, batch)
-    lowered = traced.lower(lowering_platforms=(platform,))
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        seconds = time.monotonic() - began
-        return Compiled(config.training.batch_rows, state_bytes, None, seconds, False, _first_line(error))
+    attempt = try_compiler(traced.lower(lowering_platforms=(platform,)), platform)
+    seconds, rows = time.monotonic() - began, config.training.batch_rows
+    if attempt.memory is None:
+        return Compiled(rows, state_bytes, None, seconds, False, attempt.reason, attempt.triton, attempt.failed)
     # The state's memory is reused for the new one; what the compiler counts as arguments includes padding.
+    memory = attempt.memory
     arguments = max(state_bytes, memory.argument_size_in_bytes)
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     fits = arguments + temporary <= target.memory_bytes
-    return Compiled(config.training.batch_rows, arguments, temporary, time.monotonic() - began, fits)
+    return Compiled(rows, arguments, temporary, seconds, fits, attempt.reason, attempt.triton)
+
+
+class Attempt(NamedTuple):
+    """What the compiler made of a step: its memory, or None, and `reason`, `triton` and `failed` as in `Compiled`."""
+
+    memory: Any
+    reason: str
+    triton: bool
+    failed: bool
+
+
+def try_compiler(lowered: Any, platform: str) -> Attempt:
+    """Compile a lowered step.
+
+    On a GPU, XLA times several tilings of a product and drops those it cannot compile. Ahead of time it takes one, and
+    that of JAX 0.10.2 was seen to fail (12 transposed positions of a row in tiles of 16): then it is asked once more,
+    with products from cuBLAS alone.
+    """
+    reason, triton, failed = "", True, False
+    for triton in (True, False) if platform == "cuda" else (True,):
+        try:
+            memory = lowered.compile(None if triton else {"xla_gpu_enable_triton_gemm": False}).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            reason, failed = _first_line(error), "RESOURCE_EXHAUSTED" not in str(error)
+            if not failed:
+                break
+        else:
+            return Attempt(memory, reason, triton, failed=False)
+    return Attempt(None, reason, triton, failed)
 
 
 def largest_batch(
