@@ -120,6 +120,8 @@ def _print(config: Config, target: Target, attempts: list[Compiled]) -> None:
         for compiled in sorted(attempts, key=lambda compiled: compiled.batch_rows)
     ]
     print(table(["rows", "tokens a step", "state GiB", "temporary GiB", "of GiB on a device", "fits"], rows))
+    if chosen := next((compiled.attention for compiled in attempts if compiled.attention), ""):
+        print(f"attention: {chosen}")
 
 
 if __name__ == "__main__":

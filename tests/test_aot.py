@@ -34,7 +34,7 @@ def target(memory_bytes, num_devices=8):
 def test_memory_is_that_of_the_state_on_each_device_and_of_the_step():
     config = small_config(mesh={"data": 1, "fsdp": 1})
     one = compile_step(config, 50, target(2**30, 1))
-    assert one.fits
+    assert one.fits and one.attention == "xla"
     # Parameters and two moments of 128 x 16 and more, and nothing forgotten of 8 x 32 tokens and segments.
     params = 128 * 16 + 128 + 4 * 16 * 16 + 2 * 16 * 64 + 3 * 16
     batch = 8 * (32 + 32 + 4 + 4)

@@ -24,7 +24,7 @@ from tcc_jax.model.kernels import tracing_for_absent_gpu
 from tcc_jax.terminal import UserError
 from tcc_jax.training.sharding import make_mesh, over_rows
 from tcc_jax.training.state import abstract_state
-from tcc_jax.training.step import make_train_step
+from tcc_jax.training.step import attention_in_words, make_train_step
 
 GIB = 2**30
 # GiB a program may use of a device, as libtpu's out-of-memory errors put it; it keeps the rest for itself. A tpu7x chip
@@ -80,6 +80,7 @@ class Compiled:
         reason: the compiler's words if it gave up, or where `triton` is false what it said before.
         triton: whether Triton may make matrix products, as in a run; false where the compiler gave up with it.
         failed: whether the compiler gave up for something else than memory.
+        attention: the kernel that was chosen, and where, as `attention_in_words` has it.
     """
 
     batch_rows: int
@@ -90,6 +91,7 @@ class Compiled:
     reason: str = ""
     triton: bool = True
     failed: bool = False
+    attention: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -156,14 +158,15 @@ def compile_step(config: Config, vocabulary_size: int, target: Target) -> Compil
         traced = make_train_step(config, vocabulary_size, mesh).trace(state, batch)
     attempt = try_compiler(traced.lower(lowering_platforms=(platform,)), platform)
     seconds, rows = time.monotonic() - began, config.training.batch_rows
+    told = (attempt.reason, attempt.triton, attempt.failed, attention_in_words(config, mesh))
     if attempt.memory is None:
-        return Compiled(rows, state_bytes, None, seconds, False, attempt.reason, attempt.triton, attempt.failed)
+        return Compiled(rows, state_bytes, None, seconds, False, *told)
     # The state's memory is reused for the new one; what the compiler counts as arguments includes padding.
     memory = attempt.memory
     arguments = max(state_bytes, memory.argument_size_in_bytes)
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     fits = arguments + temporary <= target.memory_bytes
-    return Compiled(rows, arguments, temporary, seconds, fits, attempt.reason, attempt.triton)
+    return Compiled(rows, arguments, temporary, seconds, fits, *told)
 
 
 class Attempt(NamedTuple):
