@@ -28,7 +28,7 @@ class CompleteOptions:
     genes: tyro.conf.Positional[tuple[str, ...]]
     """Gene symbols, such as TP53 MDM2 CDKN1A, or - for standard input; outdated ones are mapped to the approved."""
     checkpoint: str
-    """A run directory (its latest step), or one step inside it (RUN/checkpoints/STEP)."""
+    """A run directory (its latest step), one step inside it (RUN/checkpoints/STEP), or an export."""
     gmt: tuple[str, ...] = ()
     """GMT files, or folders of them, whose sets to complete."""
     number: int = 20

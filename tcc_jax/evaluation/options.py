@@ -18,7 +18,7 @@ class EvaluateOptions:
     """Hide most genes of each set, complete it from the rest, and test the overlap, beside baselines."""
 
     checkpoint: str
-    """A run directory (its latest step), or one step inside it (RUN/checkpoints/STEP)."""
+    """A run directory (its latest step), one step inside it (RUN/checkpoints/STEP), or an export."""
     out: str
     """Folder to write: report.json, report.html, per_set.tsv, completions.gmt and, with matplotlib, plots."""
     gmt: tuple[str, ...] = ()
