@@ -218,7 +218,7 @@ def table() -> str:
         difference, low, high = row["difference"]
         against = verdict = ""
         if name != row["against"]:
-            other = "" if row["against"] in ("base", f"{FULL}base") else f" to *{row['against']}*"
+            other = "" if row["against"] in ("base", f"{FULL}base") else f" from *{row['against']}*"
             against = f"{difference:+.4f} ({low:+.4f} to {high:+.4f}){other}"
             verdict = "better" if low > 0 else "worse" if high < 0 else "level"
         for method, recall in row["recall"].items():
