@@ -1,9 +1,10 @@
 """The recipe, one change at a time: `python -m benchmarks.ablation [ROW ...]`, without names all on the small corpus.
 
 Each row trains configs/ablation.toml with some fields changed and completes the validation sets of its corpus, a
-random 20 % visible. The base goes first: the others are compared with it set by set. Rows named `full: ..` are of the
-whole corpus and are compared with `full: base`, by the mean over libraries. Results go to benchmarks/ablation.json as
-they come; the table of that file is printed at the end. Run from the repository's root.
+random 20 % visible. It is compared set by set with the base, or with the row that it names: that one goes first, and
+its recall of each set stays in its run's folder. Rows named `full: ..` are of the whole corpus and are compared with
+`full: base`, by the mean over libraries. Results go to benchmarks/ablation.json as they come; the table of that file is
+printed at the end. Run from the repository's root.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ from tcc_jax.baselines.neighbours import SetNeighbours
 from tcc_jax.baselines.popularity import popularity
 from tcc_jax.completion.masks import MaskedSet
 from tcc_jax.completion.tuning import recall_of_each, validation_masks
-from tcc_jax.corpus.store import open_corpus
+from tcc_jax.corpus.store import SPLITS, open_corpus, write_corpus
 from tcc_jax.evaluation.metrics import bootstrap
+from tcc_jax.files import atomic_folder
 
 CONFIG = "configs/ablation.toml"
 RESULTS = Path("benchmarks/ablation.json")
@@ -35,6 +39,8 @@ RECALL = "recall.npy"
 FULL = "full: "
 # Of each library of the whole corpus; they hold 1 to 184 validation sets.
 SETS_A_LIBRARY = 8
+# The small corpus, and the same without training sets of more genes than this.
+SMALL, SHORT, MOST_GENES = Path("corpora/tiny"), Path("corpora/tiny_short"), 200
 
 _WHOLE = "--objective.prompt-genes 0 --training.row-length 128 --training.segments-per-row 8"
 _FULL = (
@@ -42,11 +48,14 @@ _FULL = (
     "--training.segments-per-row 6 --optimizer.warmup-steps 200"
 )
 _RANDOM = "--objective.no-spectral-start --optimizer.learning-rate 3e-3"
-ROWS = {
+_WIDE = "--model.width 512 --model.hidden-width 1024"
+_LONG = "--training.steps 900"
+# What is changed; or that, and the row to compare with where it is not the base.
+ROWS: dict[str, str | tuple[str, str]] = {
     "base": "",
     "start: random": _RANDOM,
     "start: random, rate 1e-3": "--objective.no-spectral-start",
-    "start: random, no frequency bias": f"{_RANDOM} --objective.no-frequency-bias",
+    "start: random, no frequency bias": (f"{_RANDOM} --objective.no-frequency-bias", "start: random"),
     "start: random, 6 times the steps": f"{_RANDOM} --training.steps 1800",
     "rows: whole sets, 2 cuts": _WHOLE,
     "rows: whole sets, all positions": f"{_WHOLE} --objective.cut-points 0",
@@ -56,16 +65,26 @@ ROWS = {
     "cuts: 1 a set": "--objective.cut-points 1",
     "cuts: 4 a set": "--objective.cut-points 4",
     "cuts: 5 to 30 %, 16 genes": "--objective.cut-high 0.3 --objective.prompt-genes 16",
+    "cuts: 5 to 30 %": "--objective.cut-high 0.3",
+    "cuts: 5 to 90 %": "--objective.cut-high 0.9",
+    "cuts: 20 to 60 %": "--objective.cut-low 0.2",
     "targets: 32": "--objective.target-genes 32",
+    "no training sets over 200 genes": f"--data.corpus {SHORT}",
     "positions: learned": "--model.position learned",
     "layers: 2": "--model.num-layers 2",
+    "layers: 2, cuts: 1 a set": "--model.num-layers 2 --objective.cut-points 1",
     "layers: 12, bfloat16": "--model.num-layers 12 --model.matmul-dtype bfloat16",
     "layers: 12, bfloat16, the residual stream too": "--model.num-layers 12 --model.matmul-dtype bfloat16 "
     "--model.residual-dtype bfloat16",
     "hidden width: 1024": "--model.hidden-width 1024",
     "width: 64": "--model.width 64 --model.hidden-width 128",
     "width: 256": "--model.width 256 --model.hidden-width 512",
+    "width: 512": _WIDE,
+    "width: 512, layers: 6, bfloat16": (f"{_WIDE} --model.num-layers 6 --model.matmul-dtype bfloat16", "width: 512"),
     "dropout: 0.2": "--model.dropout 0.2",
+    "7 passes": _LONG,
+    "7 passes, dropout: 0.1": (f"{_LONG} --model.dropout 0.1", "7 passes"),
+    "7 passes, dropout: 0.2": (f"{_LONG} --model.dropout 0.2", "7 passes"),
     "weight decay: 0.1": "--optimizer.weight-decay 0.1",
     "moving average: 0.99": "--optimizer.ema-decay 0.99",
     "Muon": "--optimizer.kind muon",
@@ -86,30 +105,62 @@ def main() -> None:
     if unknown := [name for name in names if name not in ROWS]:
         sys.exit(f"error: {unknown[0]}: no such row; the rows are {', '.join(ROWS)}")
     for index, name in enumerate(names):
-        base = _base_of(name)
-        if base not in names[: index + 1] and not (_directory(base) / RECALL).exists():
-            sys.exit(f"error: {name}: is compared with {base}, which has not been run here; name {base} first")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+        _, against = row(name)
+        if against not in names[: index + 1] and not (_directory(against) / RECALL).exists():
+            sys.exit(f"error: {name}: is compared with {against}, which has not been run here; name {against} first")
     for name in names:
-        results["rows"][name] = _run(name)
-        results |= {"config": CONFIG, "machine": f"{platform.system()} {platform.machine()}"}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(_table(results["rows"]))
+        keep(name, *row(name))
+    print(table())
 
 
-def _base_of(name: str) -> str:
-    return f"{FULL}base" if name.startswith(FULL) else "base"
+def _train(arguments: Sequence[str]) -> None:
+    subprocess.run([sys.executable, "-m", "tcc_jax.train", *arguments], check=True)
+
+
+def keep(name: str, arguments: str, against: str, train: Callable[[Sequence[str]], None] = _train) -> None:
+    """Run a row and write what came out into the results.
+
+    Args:
+        name: of the row.
+        arguments: what it changes.
+        against: the row that its recall of each set is compared with, run before or the same.
+        train: called with the arguments of `python -m tcc_jax.train`; another one may change what the decoder does.
+    """
+    outcome = _run(name, arguments, against, train)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results["rows"][name] = outcome
+    results |= {"config": CONFIG, "machine": f"{platform.system()} {platform.machine()}"}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def row(name: str) -> tuple[str, str]:
+    """Return what a row changes, and the row it is compared with."""
+    entry = ROWS[name]
+    return entry if isinstance(entry, tuple) else (entry, f"{FULL}base" if name.startswith(FULL) else "base")
 
 
 def _directory(name: str) -> Path:
     return RUNS / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def _run(name: str) -> dict[str, Any]:
-    directory, base = _directory(name), _base_of(name)
-    command = [sys.executable, "-m", "tcc_jax.train", CONFIG, "--run.directory", str(directory), *ROWS[name].split()]
+def _without_long_sets() -> None:
+    """Write the small corpus with its long training sets in the test split, which nothing here reads."""
+    corpus = open_corpus(SMALL)
+    train, test = SPLITS.index("train"), SPLITS.index("test")
+    splits = np.where((corpus.splits == train) & (corpus.lengths > MOST_GENES), test, corpus.splits)
+    left = np.repeat(splits == train, corpus.lengths)
+    counts = np.bincount(corpus.tokens[left], minlength=corpus.vocabulary.size)
+    vocabulary = replace(corpus.vocabulary, counts=counts)
+    with atomic_folder(SHORT) as folder:
+        write_corpus(folder, replace(corpus, splits=splits.astype(np.uint8), vocabulary=vocabulary))
+
+
+def _run(name: str, arguments: str, against: str, train: Callable[[Sequence[str]], None]) -> dict[str, Any]:
+    directory = _directory(name)
+    if str(SHORT) in arguments and not SHORT.exists():
+        _without_long_sets()
     began = time.perf_counter()
-    subprocess.run(command, check=True)
+    train([CONFIG, "--run.directory", str(directory), *arguments.split()])
     seconds = time.perf_counter() - began
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "tokens_per_second" in line]
@@ -120,7 +171,7 @@ def _run(name: str) -> dict[str, Any]:
     if name.startswith(FULL):
         masked, weights = _alike_by_library(masked)
     methods = {"model": model.score}
-    if name == base:
+    if name == against:
         neighbours = SetNeighbours(TrainingIndex(corpus), 500, 3.0)
         methods |= {"popularity": popularity(corpus.vocabulary), "set-kNN": neighbours}
     recalls = {}
@@ -131,12 +182,13 @@ def _run(name: str) -> dict[str, Any]:
         )
     np.save(directory / RECALL, recalls["model"])
     return {
-        "arguments": ROWS[name],
+        "arguments": arguments,
         "seconds": round(seconds, 1),
         "epochs": steps[-1]["epoch"],
         "training_loss": steps[-1]["loss"],
         "recall": {method: _with_interval(values * weights) for method, values in recalls.items()},
-        "against_base": _with_interval((recalls["model"] - np.load(_directory(base) / RECALL)) * weights),
+        "against": against,
+        "difference": _with_interval((recalls["model"] - np.load(_directory(against) / RECALL)) * weights),
     }
 
 
@@ -157,13 +209,17 @@ def _with_interval(values: np.ndarray) -> list[float]:
     return [float(values.mean()), float(low[0]), float(high[0])]
 
 
-def _table(rows: dict[str, Any]) -> str:
+def table() -> str:
+    """Return the results as a Markdown table: the rows in the order of `ROWS`, then those of other scripts."""
+    rows = json.loads(RESULTS.read_text())["rows"]
     lines = ["| row | recall, 95 % interval | against base | verdict | passes | s |", "|---|---|---|---|--:|--:|"]
-    for name, row in rows.items():
-        difference, low, high = row["against_base"]
+    for name in [*(name for name in ROWS if name in rows), *(name for name in rows if name not in ROWS)]:
+        row = rows[name]
+        difference, low, high = row["difference"]
         against = verdict = ""
-        if name != _base_of(name):
-            against = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
+        if name != row["against"]:
+            other = "" if row["against"] in ("base", f"{FULL}base") else f" from *{row['against']}*"
+            against = f"{difference:+.4f} ({low:+.4f} to {high:+.4f}){other}"
             verdict = "better" if low > 0 else "worse" if high < 0 else "level"
         for method, recall in row["recall"].items():
             label = name if method == "model" else method
