@@ -108,7 +108,8 @@ def test_an_address_of_another_kind_is_refused(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"compute": {"attention": "cudnn"}}, "attention backend 'cudnn' needs"),
+        ({"compute": {"attention": "cudnn"}}, "attention = cudnn: no block can use it"),
+        ({"compute": {"attention": "cudnn"}, "objective": {"cut_points": 0}}, "attention backend 'cudnn' needs"),
         ({"data": {"library_weights": {"NOPE": 2.0}}}, "NOPE"),
     ],
 )
