@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
-from tcc_jax.baselines import Scorer
 from tcc_jax.config import Config, read_toml, validate
 from tcc_jax.corpus.store import Corpus, open_corpus
 from tcc_jax.corpus.vocabulary import Vocabulary, genes_of
 from tcc_jax.files import keep_compilations
 from tcc_jax.terminal import UserError, command, log, parse_arguments
+
+if TYPE_CHECKING:  # It imports jax, which must not be before `keep_compilations`.
+    from tcc_jax.baselines import Scorer
 
 _ALPHA = 0.05
 # The goals: significant sets and recall with as many genes drawn as hidden, then with the original's drawn counts.

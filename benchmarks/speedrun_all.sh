@@ -84,7 +84,7 @@ speedrun() {
   local name=$1 module=$2 most=$3
   shift 3
   part "$name" "$most" "$python" -m "$module" "$folder/$name.toml" --gmt "$gmt" --drawn-counts "$counts" \
-    --out "$folder/$name.json" --every "$every" --limit $((most - 45)) "$@" || return 1
+    --out "$folder/$name.json" --every "$every" --limit $((most > 46 ? most - 45 : 1)) "$@" || return 1
   sed -n '/^| passes/,$p' "$folder/$name.log" | tee "$folder/$name.md"
 }
 

@@ -201,7 +201,8 @@ def test_more_visible_genes_than_a_row_holds(folder, monkeypatch, capsys):
 def tcc_files(folder, name, universe=100):
     sets = {"first": "G1 G2 NOPE G3 G4 G5", "nothing drawn": "G7 G8 G9", "unknown": "NOPE G3 G4 NOPE2"}
     lines = [f"{set_name}\tTheLibrary\t" + "\t".join(genes.split()) for set_name, genes in sets.items()]
-    (folder / f"{name}.gmt").write_text("\n".join(lines) + "\n")
+    # A title is no set: it has no place among those that are counted.
+    (folder / f"{name}.gmt").write_text("\n".join(["a title", *lines]) + "\n")
     rows = [
         "name\thits\tmissed\textra\tneither",
         f"first\t1\t2\t5\t{universe - 8}",
@@ -223,6 +224,7 @@ def test_tcc_protocol(folder, monkeypatch, capsys, drawn, counts, universe):
     out = folder / f"tcc-{drawn}-{universe}"
     report, rows = json.loads((out / "report.json").read_text()), read_table(out / "per_set.tsv")
     assert [int(row["drawn"]) for row in rows] == counts and [int(row["hidden"]) for row in rows] == [3, 2, 3]
+    assert [one["name"] for one in report["skipped"]] == ["a title"]
     assert [int(row["visible"]) for row in rows] == [2, 1, 0] and {row["library"] for row in rows} == {"TheLibrary"}
     if drawn == "recorded":
         assert float(rows[1]["model_log10_p"]) == 0 and rows[1]["model_recall"] == "0"

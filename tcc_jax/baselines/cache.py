@@ -26,8 +26,7 @@ def cached(folder: str | Path, name: str, settings: dict[str, Any], fit: Callabl
         settings: JSON values that decide the result, the corpus hash among them.
         fit: makes the arrays. A file that is damaged is made again; one that can't be written is done without.
     """
-    description = json.dumps(settings, sort_keys=True)
-    path = Path(folder) / f"{name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}.npz"
+    description, path = json.dumps(settings, sort_keys=True), _path(folder, name, settings)
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["settings"]) == description:
@@ -44,3 +43,13 @@ def cached(folder: str | Path, name: str, settings: dict[str, Any], fit: Callabl
     except OSError as error:
         log(f"{path}: cannot be kept for the next time: {error.strerror or error}")
     return arrays
+
+
+def is_kept(folder: str | Path, name: str, settings: dict[str, Any]) -> bool:
+    """Return whether there is a file of what was fitted with these settings."""
+    return _path(folder, name, settings).exists()
+
+
+def _path(folder: str | Path, name: str, settings: dict[str, Any]) -> Path:
+    description = json.dumps(settings, sort_keys=True)
+    return Path(folder) / f"{name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}.npz"

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 
-from tcc_jax.baselines.cache import Arrays, cached
+from tcc_jax.baselines.cache import Arrays, cached, is_kept
 from tcc_jax.corpus.similarity import Sets, training_sets
 from tcc_jax.corpus.store import Corpus
 from tcc_jax.corpus.vocabulary import NUM_SPECIAL
 from tcc_jax.terminal import UserError, progress
 
 _GENES_AT_ONCE = 500
-_BYTES_A_PAIR = 12
+_BYTES_A_PAIR, _ROUNDED = 12, 1000
 
 
 class Ease:
@@ -45,9 +45,11 @@ class Ease:
         self._size = corpus.vocabulary.size
         # Ids go by falling count: the most frequent genes are the first.
         wanted = min(num_genes, self._size - NUM_SPECIAL)
-        self.num_genes, self.penalty = min(wanted, _room_for()), penalty
-        self.limited = self.num_genes < wanted
-        settings = {"version": 1, "corpus": corpus.hash, "num_genes": self.num_genes, "penalty": penalty}
+        settings = {"version": 1, "corpus": corpus.hash, "num_genes": wanted, "penalty": penalty}
+        # What was fitted before needs a third of the memory.
+        room = wanted if is_kept(folder, "ease", settings) else _room_for()
+        self.num_genes, self.penalty, self.limited = min(wanted, room), penalty, room < wanted
+        settings["num_genes"] = self.num_genes
         try:
             fitted = cached(folder, "ease", settings, lambda: _fit_ease(corpus, self.num_genes, penalty))
         except MemoryError:
@@ -74,7 +76,9 @@ def _room_for() -> int:
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return sys.maxsize
-    return max(1, math.isqrt(free // _BYTES_A_PAIR))
+    room = math.isqrt(free // _BYTES_A_PAIR)
+    # Rounded, so that a little more or less memory the next time fits nothing anew.
+    return max(1, room // _ROUNDED * _ROUNDED if room > _ROUNDED else room)
 
 
 def _fit_ease(corpus: Corpus, num_genes: int, penalty: float) -> Arrays:

@@ -150,7 +150,7 @@ class Evidence:
 
 def _queries(options: CompleteOptions, finder: GeneFinder, problems: Problems) -> Iterable[KnownSet]:
     if options.gmt:
-        return read_sets(options.gmt, finder, problems)
+        return read_sets(options.gmt, finder, problems, keep_empty=True)
     if options.genes == ("-",):
         return read_stream(sys.stdin.buffer, finder, problems)
     return [finder.known_set("query", "", split_symbols(" ".join(options.genes)))]

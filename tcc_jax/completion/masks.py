@@ -75,8 +75,8 @@ def mask_sets(
         ids = known.ids[candidates_V[known.ids]]
         length, outside_background = len(ids), len(known.ids) - len(ids)
         if length < 2:
-            where, genes = "the background" if outside_background else "the vocabulary", len(known.ids) + known.outside
-            skipped.append((known, f"{length} of its {genes} genes in {where}; 2 are needed" if genes else "no gene"))
+            where = "the background" if outside_background else "the vocabulary"
+            skipped.append((known, f"{length} of its {len(known.ids) + known.outside} genes in {where}; 2 are needed"))
             continue
         order = np.random.default_rng([seed, place]).permutation(ids)
         cut = min(max(1, round(visible_share * length)), length - 1)

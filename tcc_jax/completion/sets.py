@@ -91,7 +91,11 @@ class GeneFinder:
 
 
 def read_sets(
-    paths: Sequence[str | Path], finder: GeneFinder, problems: Problems, library_from: LibraryFrom = "file"
+    paths: Sequence[str | Path],
+    finder: GeneFinder,
+    problems: Problems,
+    library_from: LibraryFrom = "file",
+    keep_empty: bool = False,
 ) -> Iterator[KnownSet]:
     """Read sets from GMT files, or folders of them, as they are needed.
 
@@ -100,15 +104,16 @@ def read_sets(
         finder: looks their symbols up.
         problems: where lines that could not be read are counted.
         library_from: a set's library is the file's name, or its description (the file's name where that is empty).
+        keep_empty: also yield what has a name and no gene.
 
     Yields:
-        The sets in file order, also those without a known gene, or without any.
+        The sets in file order, also those without a known gene.
 
     Raises:
         UserError: a file is missing or holds no usable set.
     """
     for path in find_gmt_files(paths):
-        for gene_set in read_gmt(path, problems, keep_empty=True):
+        for gene_set in read_gmt(path, problems, keep_empty):
             library = gene_set.description if library_from == "description" else ""
             yield finder.known_set(gene_set.name, library or library_name(path), gene_set.genes)
 

@@ -114,7 +114,8 @@ class BatchSource(grain.sources.RandomAccessDataSource):
         """Yield the batch of the start step, then of the next, for ever, read ahead by Grain's threads."""
         dataset = grain.MapDataset.source(self)[start_step:]
         # NumPy works outside the interpreter's lock, and an accelerator has many cores beside it.
-        threads = min(8, max(2, len(os.sched_getaffinity(0)) // 2))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(8, max(2, cores // 2))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
 
     def _whole_lengths(self, gene_counts: np.ndarray) -> np.ndarray:

@@ -77,11 +77,12 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
     vocabulary = model.vocabulary
     finder = GeneFinder(SymbolTable.read(options.hgnc, options.case_insensitive), vocabulary)
     corpus, missing = model.corpus(options.corpus, required=options.corpus is not None or not options.gmt)
-    sets, source, problems = _read(options, finder, corpus)
+    sets, empty, source, problems = _read(options, finder, corpus)
     candidates_V = genes_of(vocabulary.size)
     if options.background is not None:
         candidates_V = read_background(options.background, finder)
     trials, skipped, recorded = _mask(options, sets, candidates_V)
+    skipped += [(known, "no gene") for known in empty]
     unread = [*problems.lines(), *_skipped_lines(skipped)]
     if not trials[0]:
         where = ", ".join(options.gmt) or f"the {options.split} split of {corpus and corpus.path}"
@@ -138,10 +139,12 @@ def evaluate(options: EvaluateOptions, folder: Path) -> Report:
 
 def _read(
     options: EvaluateOptions, finder: GeneFinder, corpus: Corpus | None
-) -> tuple[list[KnownSet], dict[str, Any], Problems]:
-    problems = Problems()
+) -> tuple[list[KnownSet], list[KnownSet], dict[str, Any], Problems]:
+    """Return the sets, those with a name and no gene, which have no place among them, and what to know of the input."""
+    problems, empty = Problems(), []
     if options.gmt:
-        sets = list(read_sets(options.gmt, finder, problems, options.library_from))
+        found = list(read_sets(options.gmt, finder, problems, options.library_from, keep_empty=True))
+        sets, empty = [one for one in found if one.symbols], [one for one in found if not one.symbols]
         symbols, lines = summarise_symbols(sets)
         log_lines(lines)
         files = {str(path): sha256(path) for path in find_gmt_files(options.gmt)}
@@ -152,7 +155,7 @@ def _read(
         if not sets:
             raise UserError(f"the {options.split} split of {corpus.path} is empty; choose another, or give --gmt")
         source = {"corpus": str(corpus.path), "split": options.split}
-    return choose_sets(sets, options.limit, options.seed), source, problems
+    return choose_sets(sets, options.limit, options.seed), empty, source, problems
 
 
 def _mask(

@@ -82,6 +82,8 @@ def test_no_more_genes_are_fitted_than_memory_has_room_for(corpus, tmp_path, mon
     assert scorer.num_genes == 32 and scorer.limited
     few = Ease(corpus, tmp_path / "asked for", num_genes=20)
     assert few.num_genes == 20 and not few.limited
+    # What is kept takes less than to fit it.
+    assert Ease(corpus, tmp_path / "all").num_genes == NUM_GENES
     monkeypatch.undo()
     visible = [np.array([16, 30], np.int32)]
     np.testing.assert_array_equal(scorer(visible), Ease(corpus, tmp_path, num_genes=32)(visible))
